@@ -1,0 +1,36 @@
+# Each of the first two makes its own virtual environment on first use.
+#   make train   sets up, and learns a prompt on the embedded default
+#   make test    sets up, and runs the tests
+PYTHON ?= python3
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test test-slow lint format
+
+train: .venv/ready
+	.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/train.py
+
+test: .venv-test/ready
+	.venv-test/bin/python -m pytest
+
+test-slow: .venv-test/ready
+	.venv-test/bin/python -m pytest -m slow
+
+lint: .venv-test/ready
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+
+format: .venv-test/ready
+	.venv-test/bin/ruff check --fix .
+	.venv-test/bin/ruff format .
+
+.venv/ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP_INSTALL) torch
+	.venv/bin/python $(PIP_INSTALL) --editable .
+	touch $@
+
+.venv-test/ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/python $(PIP_INSTALL) torch
+	.venv-test/bin/python $(PIP_INSTALL) --editable ".[test]"
+	touch $@

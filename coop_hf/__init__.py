@@ -1,0 +1,31 @@
+"""Prompt learning for CLIP in the Hugging Face ecosystem: Context Optimization (CoOp) and what it is compared with."""
+
+from .config import CoOpConfig
+from .data import LabelledImages, load_images, read_coop_split, read_few_shot_indices, sample_few_shot
+from .embedded import emoji_model_path, load_emoji
+from .feature_cache import EmbeddedImages, embed_images
+from .metrics import ClassificationAccuracy
+from .modeling import CoOpModel, CoOpOutput
+from .trainer import CoOpTrainer
+from .training_args import CoOpTrainingArguments
+from .version import __version__
+
+
+__all__ = [
+    "ClassificationAccuracy",
+    "CoOpConfig",
+    "CoOpModel",
+    "CoOpOutput",
+    "CoOpTrainer",
+    "CoOpTrainingArguments",
+    "EmbeddedImages",
+    "LabelledImages",
+    "__version__",
+    "embed_images",
+    "emoji_model_path",
+    "load_emoji",
+    "load_images",
+    "read_coop_split",
+    "read_few_shot_indices",
+    "sample_few_shot",
+]

@@ -1,0 +1,225 @@
+"""What one adapter is: `CoOpConfig`, a dataclass that reads and writes `adapter_config.json`."""
+
+import dataclasses
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .hub import find_file
+from .version import __version__
+
+
+__all__ = ["ADAPTER_CONFIG_NAME", "ADAPTER_WEIGHTS_NAME", "FORMAT_VERSION", "CLASS_TOKEN_POSITIONS", "CoOpConfig"]
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+CLASS_TOKEN_POSITIONS = ("end", "middle", "front")
+
+# Bounds on what a stranger's file may ask for; far above any real adapter (ImageNet-21k has 21,841 classes).
+MAX_CONFIG_BYTES = 64 * 2**20
+MAX_CONTEXT_TOKENS = 4096
+MAX_CLASSES = 1_000_000
+MAX_TEXT_LENGTH = 10_000
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_text(name: str, value, hint: str = "", optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{name}` must be a non-empty string{' or None' if optional else ''}, got {value!r}. {hint}")
+    if len(value) > MAX_TEXT_LENGTH:
+        raise ValueError(f"`{name}` has {len(value):,} characters; at most {MAX_TEXT_LENGTH:,} are accepted. {hint}")
+    if any(ord(character) < 32 and character not in "\t\n" or ord(character) == 127 for character in value):
+        raise ValueError(f"`{name}` must not contain control characters, got {value[:80]!r}. {hint}")
+
+
+def check_class_names(class_names) -> list[str]:
+    """Returns the class names as a list of strings.
+
+    Args:
+        class_names (`Sequence[str]`):
+            At least one name; all different once surrounding space is removed and underscores are read as spaces.
+
+    Raises:
+        ValueError: no names, an empty name, a duplicate, or something that is no string; says which.
+    """
+    if isinstance(class_names, (str, bytes)):
+        raise ValueError(f"`class_names` must be a list of strings, got the single string {class_names[:80]!r}.")
+    try:
+        names = list(class_names)
+    except TypeError:
+        raise ValueError(f"`class_names` must be a list of strings, got {type(class_names).__name__}.") from None
+    if not names:
+        raise ValueError("`class_names` is empty: pass at least one class name.")
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"`class_names` has {len(names):,} entries; at most {MAX_CLASSES:,} are accepted.")
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"class name {index} must be a string, got {type(name).__name__}: {str(name)[:80]!r}.")
+        key = clean_class_name(name)
+        if not key:
+            raise ValueError(f"class name {index} is empty ({name!r}): give every class a readable name.")
+        _check_text(f"class_names[{index}]", name, "Use the plain name of the class.", optional=False)
+        if key in seen:
+            raise ValueError(
+                f"class name {index} ({name!r}) is the same as class name {seen[key]} ({names[seen[key]]!r}): two "
+                "classes with one prompt can't be told apart. Merge them or give them different names."
+            )
+        seen[key] = index
+    return names
+
+
+def clean_class_name(name: str) -> str:
+    """The class name as it is put into a prompt: underscores become spaces, runs of white space one space."""
+    return " ".join(name.replace("_", " ").split())
+
+
+@dataclass
+class CoOpConfig:
+    r"""Configuration of one CoOp adapter (Context Optimization, https://arxiv.org/abs/2109.01134, section 3.2).
+
+    The prompt of a class is `[SOS] [V]1 ... [V]M [CLASS] . [EOS]`, with M learnable context vectors `[V]`.
+
+    Args:
+        n_ctx (`int`, *optional*):
+            Number of context tokens M. `None` becomes 16, or with `ctx_init` the number of its BPE tokens.
+        class_token_position (`str`, *optional*, defaults to `"end"`):
+            Where the class name stands: `"end"` (after all context tokens), `"middle"` (after the first
+            ⌊M/2⌋ of them) or `"front"` (before all of them).
+        class_specific (`bool`, *optional*, defaults to `False`):
+            `False`: one unified context `(n_ctx, dim)` for all classes. `True`: one for each class,
+            `(num_classes, n_ctx, dim)` (CSC in the paper).
+        ctx_init (`str`, *optional*):
+            Words that the context starts from, for example `"a photo of a"`, counted in BPE tokens. With fewer
+            tokens than `n_ctx` they take the last slots and the slots before them start from noise. `None`
+            draws every vector from N(0, 0.02²).
+        class_names (`list[str]`, *optional*):
+            The classes. For a unified context the list may be replaced at any time; a class-specific context
+            belongs to its list.
+        template (`str`, *optional*, defaults to `"a photo of a {}."`):
+            The hand-written prompt that stands in while the adapter is disabled; `{}` is the class name.
+        base_model_name_or_path (`str`, *optional*):
+            The CLIP model under the adapter: Hub id or local folder. Filled in by the model.
+        revision (`str`, *optional*):
+            Revision of the base model on the Hub.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the file format.
+        coop_hf_version (`str`, *optional*, defaults to this version):
+            Version of the library that wrote the adapter.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range; says what was given and what is expected.
+    """
+
+    n_ctx: int | None = None
+    class_token_position: str = "end"
+    class_specific: bool = False
+    ctx_init: str | None = None
+    class_names: list[str] | None = None
+    template: str = "a photo of a {}."
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    format_version: int = FORMAT_VERSION
+    coop_hf_version: str = field(default=__version__)
+
+    # Read by transformers.Trainer: what `evaluate` and `predict` don't collect.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["text_embeds", "image_embeds"]
+
+    def __post_init__(self):
+        if self.n_ctx is None and self.ctx_init is None:
+            self.n_ctx = 16
+        if self.n_ctx is not None and (not _is_int(self.n_ctx) or not 1 <= self.n_ctx <= MAX_CONTEXT_TOKENS):
+            raise ValueError(
+                f"`n_ctx` must be a whole number from 1 to {MAX_CONTEXT_TOKENS} (the paper uses 4, 8 and 16), "
+                f"got {self.n_ctx!r}."
+            )
+        if self.class_token_position not in CLASS_TOKEN_POSITIONS:
+            raise ValueError(
+                f"`class_token_position` must be one of {', '.join(map(repr, CLASS_TOKEN_POSITIONS))}, "
+                f"got {self.class_token_position!r}."
+            )
+        if not isinstance(self.class_specific, bool):
+            raise ValueError(f"`class_specific` must be True or False, got {self.class_specific!r}.")
+        _check_text("ctx_init", self.ctx_init, 'Pass words such as "a photo of a", or None for random vectors.')
+        if self.class_names is not None:
+            self.class_names = check_class_names(self.class_names)
+        _check_text("template", self.template, 'Pass something like "a photo of a {}."', optional=False)
+        if self.template.count("{}") != 1:
+            raise ValueError(
+                f"`template` must contain `{{}}` exactly once, where the class name goes, got {self.template!r}."
+            )
+        _check_text("base_model_name_or_path", self.base_model_name_or_path)
+        _check_text("revision", self.revision)
+        _check_text("coop_hf_version", self.coop_hf_version, optional=False)
+        if not _is_int(self.format_version) or self.format_version < 1:
+            raise ValueError(f"`format_version` must be a positive whole number, got {self.format_version!r}.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter has format version {self.format_version}, and coop_hf {__version__} reads up to "
+                f"{FORMAT_VERSION}: upgrade coop_hf."
+            )
+
+    def to_dict(self) -> dict:
+        """The configuration as plain Python values."""
+        return dataclasses.asdict(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `adapter_config.json` (sorted keys, indent 2) into `save_directory`, which is made if missing."""
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, ADAPTER_CONFIG_NAME), "w", encoding="utf-8") as file:
+            file.write(self.to_json())
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "CoOpConfig":
+        """Makes a configuration from plain values. Unknown keys are dropped with a warning that names them."""
+        if not isinstance(values, dict):
+            raise ValueError(f"an adapter configuration must be a JSON object, got {type(values).__name__}.")
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(str(key)[:80] for key in values if key not in known)
+        if unknown:
+            more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+            warnings.warn(
+                f"Unexpected keys in the adapter configuration are ignored: {', '.join(unknown[:20])}{more}. They may "
+                "come from a newer version of coop_hf, or from another kind of adapter.",
+                stacklevel=2,
+            )
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike) -> "CoOpConfig":
+        """Reads one `adapter_config.json`.
+
+        Raises:
+            ValueError: the file is larger than 64 MiB, is no JSON, nests too deeply, or holds a bad value.
+        """
+        size = os.path.getsize(path)
+        if size > MAX_CONFIG_BYTES:
+            raise ValueError(f"{path} has {size:,} bytes; a configuration has at most {MAX_CONFIG_BYTES:,}.")
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+            raise ValueError(f"{path} is not a readable adapter configuration: {reason}.") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CoOpConfig":
+        """Reads the configuration of an adapter from a local folder, the cache or the Hub.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Local folder or Hub id of an adapter.
+            kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+        """
+        return cls.from_json_file(find_file(pretrained_model_name_or_path, ADAPTER_CONFIG_NAME, **kwargs))

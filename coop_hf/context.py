@@ -1,0 +1,58 @@
+"""The learnable vectors: their shape, and where they start."""
+
+import torch
+from torch import nn
+
+from .config import CoOpConfig
+from .prompts import encode_words
+
+
+__all__ = ["CONTEXT_STD", "init_context", "num_context_tokens"]
+
+CONTEXT_STD = 0.02  # standard deviation of the random start, section 4.1 of the paper's code configuration
+
+
+def num_context_tokens(config: CoOpConfig, tokenizer) -> int:
+    """The number of context tokens M: `config.n_ctx`, or the BPE tokens of `config.ctx_init`.
+
+    Raises:
+        ValueError: `ctx_init` has more tokens than `n_ctx` asks for, or none.
+    """
+    if config.ctx_init is None:
+        return config.n_ctx
+    count = len(encode_words(tokenizer, [config.ctx_init])[0])
+    if count == 0:
+        raise ValueError(f"the tokenizer finds no token in ctx_init={config.ctx_init!r}: pass words, or None.")
+    if config.n_ctx is not None and count > config.n_ctx:
+        raise ValueError(
+            f"ctx_init={config.ctx_init!r} has {count} BPE tokens, more than n_ctx={config.n_ctx}: set n_ctx={count}, "
+            "leave n_ctx out, or use fewer words."
+        )
+    return config.n_ctx or count
+
+
+def init_context(
+    config: CoOpConfig, token_embedding: nn.Embedding, tokenizer, num_classes: int | None = None
+) -> torch.Tensor:
+    """Context vectors at their start: N(0, 0.02²), or the token embeddings of words.
+
+    Random numbers come from torch's global generator, on the CPU, so that a seed gives the same start on any device.
+
+    Args:
+        config (`CoOpConfig`): which context; its `ctx_init` words take the last slots, noise the slots before them.
+        token_embedding (`nn.Embedding`): the base model's token embedding.
+        tokenizer (`PreTrainedTokenizerBase`): the base model's tokenizer.
+        num_classes (`int`, *optional*): needed for a class-specific context.
+
+    Returns:
+        `torch.Tensor`, fp32, on the CPU: `(n_ctx, dim)`, or class-specific `(num_classes, n_ctx, dim)`.
+    """
+    n_ctx, dim = num_context_tokens(config, tokenizer), token_embedding.embedding_dim
+    shape = (num_classes, n_ctx, dim) if config.class_specific else (n_ctx, dim)
+    context = torch.empty(shape, dtype=torch.float32).normal_(std=CONTEXT_STD)
+    if config.ctx_init is not None:
+        ids = torch.tensor(encode_words(tokenizer, [config.ctx_init])[0])
+        with torch.no_grad():
+            words = token_embedding(ids.to(token_embedding.weight.device))
+        context[..., n_ctx - len(ids) :, :] = words.float().cpu()
+    return context

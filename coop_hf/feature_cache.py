@@ -1,0 +1,227 @@
+"""Image embeddings computed once: the image tower is frozen, so a picture's view always gives the same vector.
+
+The cache is a folder for each tower (weights, preprocessing, precision), holding append-only safetensors files of
+identities and embeddings. An identity is a hash of the picture's content and of the view, so another run, another
+seed, another set of shots or another method finds what is there, whatever data set the picture came with.
+"""
+
+import hashlib
+import logging
+import os
+import uuid
+
+import numpy as np
+import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .saving import write_atomically
+
+
+__all__ = ["EmbeddedImages", "FeatureCache", "default_cache_dir", "embed_images"]
+
+logger = logging.getLogger(__name__)
+
+_ID_BYTES = 16
+_FILE_ROWS = 4096  # embeddings in one file: at most so many are lost when a run is interrupted
+
+
+def default_cache_dir() -> str:
+    """`COOP_HF_CACHE` if it is set, else `coop_hf` in the Hugging Face home."""
+    return os.environ.get("COOP_HF_CACHE") or os.path.join(HF_HOME, "coop_hf")
+
+
+class FeatureCache:
+    """The cached embeddings of one image tower, in one folder.
+
+    Args:
+        folder (`str`): where its files lie; made at the first write.
+        dim (`int`): dimensions of an embedding.
+    """
+
+    def __init__(self, folder: str, dim: int):
+        self.folder, self.dim = folder, dim
+        self._where: dict[bytes, tuple[str, int]] = {}
+        if os.path.isdir(folder):
+            for name in sorted(os.listdir(folder)):
+                if name.endswith(".safetensors") and not name.startswith("."):
+                    self._index(os.path.join(folder, name))
+
+    def _index(self, path: str) -> None:
+        try:
+            with safe_open(path, framework="np") as file:
+                ids, features = file.get_tensor("ids"), file.get_slice("features")
+                if ids.shape[1:] != (_ID_BYTES,) or features.get_shape() != [len(ids), self.dim]:
+                    raise ValueError("shapes do not fit")
+                digest = hashlib.blake2b(ids.tobytes() + file.get_tensor("features").tobytes(), digest_size=16)
+                if (file.metadata() or {}).get("checksum") != digest.hexdigest():
+                    raise ValueError("checksum does not fit")
+        except FileNotFoundError:
+            return
+        except (SafetensorError, ValueError, OSError, KeyError) as error:
+            logger.warning("The feature cache file %s is damaged (%s); it is removed and computed again.", path, error)
+            try:
+                os.remove(path)
+            except OSError:
+                pass
+            return
+        for row, identity in enumerate(ids):
+            self._where[identity.tobytes()] = (path, row)
+
+    def __contains__(self, identity: bytes) -> bool:
+        return identity in self._where
+
+    def add(self, ids: list[bytes], features: torch.Tensor) -> None:
+        """Writes embeddings `(len(ids), dim)` as one more file, which appears whole or not at all."""
+        os.makedirs(self.folder, exist_ok=True)
+        id_array = np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, _ID_BYTES).copy()
+        features = features.detach().to("cpu", torch.float32).contiguous()
+        digest = hashlib.blake2b(id_array.tobytes() + features.numpy().tobytes(), digest_size=16).hexdigest()
+        path = os.path.join(self.folder, f"{uuid.uuid4().hex}.safetensors")
+        with write_atomically(path) as temporary:
+            save_file({"ids": torch.from_numpy(id_array), "features": features}, temporary, {"checksum": digest})
+        self._where.update({identity: (path, row) for row, identity in enumerate(ids)})
+
+    def get(self, ids: list[bytes]) -> torch.Tensor:
+        """The embeddings of these identities, `(len(ids), dim)` fp32."""
+        result = torch.empty(len(ids), self.dim)
+        by_file: dict[str, list[tuple[int, int]]] = {}
+        for place, identity in enumerate(ids):
+            path, row = self._where[identity]
+            by_file.setdefault(path, []).append((place, row))
+        for path, pairs in by_file.items():
+            places, rows = map(list, zip(*pairs))
+            with safe_open(path, framework="pt") as file:
+                result[places] = file.get_tensor("features")[rows]
+        return result
+
+
+def _tower_key(model, images) -> str:
+    """Identity of what turns a picture into an embedding: image tower, projection, preprocessing and precision."""
+    digest = hashlib.blake2b(digest_size=16)
+    base = model.get_base_model()
+    for module in (base.vision_model, base.visual_projection):
+        for name, tensor in sorted(module.state_dict().items()):
+            tensor = tensor.detach().contiguous().cpu()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    precision = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+    digest.update(f"{base.config.vision_config.to_json_string()} {precision} v1".encode())
+    digest.update(images.preprocessing_key().encode())
+    return digest.hexdigest()
+
+
+class _Views(Dataset):
+    """The pixels of a list of (view, item) pairs; decoded in the workers of a DataLoader."""
+
+    def __init__(self, images, pairs):
+        self.images, self.pairs = images, pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        view, item = self.pairs[index]
+        return self.images.view(item, view)
+
+
+def embed_images(
+    model,
+    images,
+    num_views: int | None = None,
+    cache_dir: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    barrier=lambda: None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Image embeddings of a data set, from the cache as far as they are there.
+
+    Args:
+        model (`CoOpModel`): its image tower is used, on its device, under the autocast that is in force.
+        images (`LabelledImages`): the pictures.
+        num_views (`int`, *optional*): augmented views 0 ... num_views - 1 of each picture, the same pixels that
+            epochs 0 ... num_views - 1 of a training without cache see. `None`: the plain view alone.
+        cache_dir (`str`, *optional*, defaults to `default_cache_dir()`): where caches lie.
+        batch_size (`int`, *optional*, defaults to 64): pictures a step.
+        num_workers (`int`, *optional*, defaults to 0): processes that decode.
+        process_index, num_processes, barrier: with several processes, each computes its share and waits for the rest.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+
+    Returns:
+        `torch.Tensor` `(num_views or 1, len(images), projection_dim)`, projected, not normalised, fp32, on the CPU.
+    """
+    views = [None] if num_views is None else list(range(num_views))
+    folder = os.path.join(cache_dir or default_cache_dir(), "features", _tower_key(model, images))
+    dim = model.get_base_model().config.projection_dim
+    contents = [images.content_key(item) for item in range(len(images))]
+    pairs = [(view, item) for view in views for item in range(len(images))]
+    ids = [
+        hashlib.blake2b(contents[item] + images.view_key(item, view).encode(), digest_size=_ID_BYTES).digest()
+        for view, item in pairs
+    ]
+    cache = FeatureCache(folder, dim)
+    missing = {identity: pair for identity, pair in zip(ids, pairs) if identity not in cache}
+    mine = list(missing.items())[process_index::num_processes]
+    _compute(model, images, mine, cache, batch_size, num_workers, progress)
+    barrier()
+    if num_processes > 1 and missing:
+        cache = FeatureCache(folder, dim)
+        rest = [(identity, pair) for identity, pair in missing.items() if identity not in cache]
+        _compute(model, images, rest, cache, batch_size, num_workers, progress)  # no shared file system
+        barrier()
+    return cache.get(ids).view(len(views), len(images), dim)
+
+
+@torch.no_grad()
+def _compute(model, images, todo, cache: FeatureCache, batch_size: int, num_workers: int, progress: bool) -> None:
+    loader = DataLoader(_Views(images, [pair for _, pair in todo]), batch_size=batch_size, num_workers=num_workers)
+    ids, features = [identity for identity, _ in todo], []
+    done = 0
+    with tqdm(total=len(ids), desc="Image embeddings", unit="img", disable=not progress or not ids) as bar:
+        for pixel_values in loader:
+            features.append(model.get_image_features(pixel_values).float().cpu())
+            count = sum(map(len, features))
+            if count >= _FILE_ROWS or done + count == len(ids):
+                cache.add(ids[done : done + count], torch.cat(features))
+                done, features = done + count, []
+            bar.update(len(pixel_values))
+
+
+class EmbeddedImages(Dataset):
+    """Image embeddings and labels as a data set for training: item i of epoch e is view e mod K of picture i.
+
+    Args:
+        image_embeds (`torch.Tensor`): `(K, num_pictures, projection_dim)` or `(num_pictures, projection_dim)`.
+        labels (`Sequence[int]`): class indices, `(num_pictures,)`.
+    """
+
+    def __init__(self, image_embeds: torch.Tensor, labels):
+        self.image_embeds = image_embeds if image_embeds.dim() == 3 else image_embeds[None]
+        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+        if self.image_embeds.shape[1] != len(self.labels):
+            raise ValueError(
+                f"got {self.image_embeds.shape[1]} image embeddings and {len(self.labels)} labels; they must pair up."
+            )
+        if not torch.isfinite(self.image_embeds).all():
+            raise ValueError("the image embeddings hold NaN or infinite values: check the base model and its dtype.")
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the view."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index) -> dict:
+        view = self.image_embeds[self.epoch % len(self.image_embeds)]
+        return {"image_embeds": view[index], "labels": self.labels[index]}
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        return self[torch.as_tensor(indices)]

@@ -1,0 +1,314 @@
+"""Where files come from, a local folder first, then the cache, then the Hub; and how an adapter gets there."""
+
+import os
+import re
+import tempfile
+import time
+from contextlib import contextmanager
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+__all__ = ["find_file", "has_file", "hub_errors", "is_hub_id", "push_to_hub"]
+
+# Dropped connections and time-outs are errors of the HTTP client that huggingface_hub uses, and no OSErrors. Their
+# base class is also the base of HfHubHTTPError, whichever client that is.
+_HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+RETRY_WAITS = (1.0, 3.0)  # seconds before the second and the third try; a server's Retry-After counts instead
+MAX_RETRY_AFTER = 60.0
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w\-.]{0,95}(/[A-Za-z0-9_][\w\-.]{0,95})?", re.ASCII)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, `name` or `owner/name`; a path with dots or a leading slash has not."""
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def _check_subfolder(subfolder: str | None) -> None:
+    if subfolder is None:
+        return
+    parts = str(subfolder).replace("\\", "/").split("/")
+    if str(subfolder).startswith("/") or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"`subfolder` must be a plain relative folder such as 'flowers', got {subfolder!r}.")
+
+
+def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str | None = None, **kwargs) -> str:
+    """The local path of one file of an adapter or model.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): a folder on disk, else a Hub id.
+        filename (`str`): the file's name.
+        subfolder (`str`, *optional*): folder within `name_or_path`.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as in
+            `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: the folder, or the repository, holds no such file.
+        OSError: neither a folder nor a repository, or not reachable and not in the cache; says what to do.
+    """
+    _check_subfolder(subfolder)
+    name = os.fspath(name_or_path)
+    if os.path.isdir(name):
+        path = os.path.join(name, subfolder or "", filename)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no {filename} in {os.path.dirname(path)!r}.")
+        return path
+    if not is_hub_id(name):
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder on this machine nor the form of a Hub id ('name' or 'owner/name')."
+        )
+    revision = kwargs.get("revision")
+    for wait in (*RETRY_WAITS, None):
+        try:
+            return hf_hub_download(name, filename, subfolder=subfolder, library_name="coop_hf", **kwargs)
+        except (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError, ValueError) as error:
+            cached = _cached(name, filename, subfolder, kwargs) if _is_transient(error) else None
+            if cached is not None:
+                return cached
+            if isinstance(error, ValueError) and not isinstance(
+                _server_error(error), (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError)
+            ):
+                raise  # arguments that contradict each other, such as force_download with local_files_only
+            if wait is None or not _is_transient(error):
+                raise _explained(error, name, filename, revision) from error
+            time.sleep(_retry_after(error, wait))
+
+
+def _server_error(error: BaseException):
+    """What the server or the connection said, where `error` only says that nothing was found."""
+    while not isinstance(error, (HfHubHTTPError, _HTTPError)) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the server was reached and may answer a moment later. Having no connection shows at once and is not."""
+    error = _server_error(error)
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in _TRANSIENT
+    return isinstance(error, _HTTPError) and type(error).__name__ not in ("ConnectError", "UnsupportedProtocol")
+
+
+def _retry_after(error: BaseException, wait: float) -> float:
+    try:
+        asked = float(_server_error(error).response.headers["Retry-After"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return wait
+    return min(max(asked, 0.0), MAX_RETRY_AFTER)
+
+
+def _cached(name: str, filename: str, subfolder: str | None, kwargs: dict) -> str | None:
+    if kwargs.get("force_download"):
+        return None
+    path = f"{subfolder}/{filename}" if subfolder else filename
+    found = try_to_load_from_cache(name, path, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision"))
+    return found if isinstance(found, str) else None
+
+
+def _explained(error: BaseException, name: str, filename: str, revision: str | None) -> OSError:
+    """An `OSError` that says what was looked for, what happened and what to do."""
+    where = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
+    said = _server_error(error)
+    if isinstance(said, RevisionNotFoundError):
+        return OSError(f"the Hub repository {name!r} has no revision {revision!r}.")
+    if isinstance(said, GatedRepoError):
+        return OSError(
+            f"access to {name!r} must be asked for on its page on the Hub; then pass `token=...` or run "
+            "`hf auth login`."
+        )
+    if isinstance(said, (RepositoryNotFoundError, HFValidationError)):
+        return OSError(
+            f"{name!r} is no folder on this machine, and there is no such repository on the Hub, or it is private and "
+            "no token with access was given (`token=...` or `hf auth login`)."
+        )
+    if _status(said) == 401:
+        return OSError(f"the Hub does not accept the token given for {where}: log in again with `hf auth login`.")
+    if isinstance(said, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return FileNotFoundError(f"there is no {filename} in the Hub repository {where}.")
+    if _status(said) == 429:
+        return OSError(
+            f"{filename} of {where} is not in the cache, and the Hub answered that there were too many requests "
+            "(429). Wait a few minutes and try again; with a token (`token=...`) the limit is higher."
+        )
+    if _is_transient(error) or _status(said) is not None:
+        hung_up = f"hung up ({str(said)[:200] or type(said).__name__})"
+        reason = f"answered with the error {_status(said)}" if _status(said) else hung_up
+        return OSError(f"{filename} of {where} is not in the cache, and the Hub {reason}. Try again later.")
+    return OSError(
+        f"{filename} of {where} is not in the cache, and the Hub could not be reached. {name!r} is no folder on "
+        "this machine either: check the spelling, or connect once so that it can be downloaded."
+    )
+
+
+@contextmanager
+def hub_errors(name: str):
+    """Within it, what `huggingface_hub` and its HTTP client raise becomes an `OSError` that says what to do."""
+    try:
+        yield
+    except (HfHubHTTPError, _HTTPError) as error:
+        raise _explained(error, name, "a file", None) from error
+
+
+def has_file(name_or_path: str | os.PathLike, filename: str, **kwargs) -> bool:
+    """Whether `find_file` finds the file. Other failures, such as a missing repository, still raise.
+
+    Without a connection the cache answers: a file is missing in a repository that is there otherwise if the cache
+    remembers so, or holds the repository's `config.json` without it.
+    """
+    try:
+        find_file(name_or_path, filename, **kwargs)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError) and _is_missing_in_cache(
+            os.fspath(name_or_path), filename, kwargs
+        ):
+            return False
+        raise
+    return True
+
+
+def _is_missing_in_cache(name: str, filename: str, kwargs: dict) -> bool:
+    where = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
+    path = f"{kwargs['subfolder']}/{filename}" if kwargs.get("subfolder") else filename
+    known = try_to_load_from_cache(name, path, **where)
+    if known is not None:
+        return not isinstance(known, str)  # the cache's sign for "known to be missing"
+    return isinstance(try_to_load_from_cache(name, "config.json", **where), str)
+
+
+def push_to_hub(
+    model,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    selected_adapters: list[str] | None = None,
+    card: str | None = None,
+    training: dict | None = None,
+) -> CommitInfo:
+    """Puts adapters on the Hub: their files and a model card, in one commit. Never the base model.
+
+    The repository is made if it is missing. In one that exists, its other files stay, and in its card everything that
+    people wrote (see `coop_hf.model_card`). A push that fails changes nothing on this machine and no existing file on
+    the Hub; run it again.
+
+    Args:
+        model (`CoOpModel`): the model.
+        repo_id (`str`): `"owner/name"`, or `"name"` for one's own.
+        private (`bool`, *optional*): for a new repository; defaults to what the owner has set.
+        token (`str` or `bool`, *optional*, defaults to the one that `hf auth login` stored): a token that may write.
+        revision (`str`, *optional*, defaults to `"main"`): branch to commit to; made if missing.
+        commit_message (`str`, *optional*): defaults to a line that names the adapters.
+        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead of committing.
+        selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+        card (`str`, *optional*): text of a finished card, to be pushed as it is.
+        training (`dict`, *optional*): what the card says about the training, see `coop_hf.model_card.make_card`.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: `oid`, `commit_url` and, with `create_pr`, `pr_url`.
+
+    Raises:
+        ValueError: a bad `repo_id`, arguments that contradict each other, or a context with NaN; before anything is
+            sent.
+        OSError: the Hub can't be reached or refuses; says why and what to do.
+    """
+    from .model_card import CARD_NAME, make_card  # here, because the card's room looks at models and this one does not
+
+    if not isinstance(repo_id, str) or not is_hub_id(repo_id):
+        raise ValueError(f"`repo_id` must have the form 'name' or 'owner/name', got {repo_id!r}.")
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"a pull request goes to the main branch: leave out `create_pr` or revision={revision!r}.")
+    with tempfile.TemporaryDirectory(prefix="coop_hf_push_") as folder:
+        adapter_folder = os.path.join(folder, "adapter")
+        model.save_pretrained(adapter_folder, selected_adapters)
+        api = HfApi(token=token, library_name="coop_hf")
+        with _push_errors(repo_id, revision):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if card is None:
+            source = {"revision": revision, "token": token, "cache_dir": os.path.join(folder, "cache")}
+            card = make_card(
+                model,
+                name=repo_id,
+                existing=_read_card(repo_id, CARD_NAME, source),
+                training=training,
+                selected_adapters=selected_adapters,
+            )
+        with open(os.path.join(adapter_folder, CARD_NAME), "w", encoding="utf-8") as file:
+            file.write(card)
+        with _push_errors(repo_id, revision):
+            # One commit, so that nobody ever reads a new configuration beside old weights.
+            return api.create_commit(
+                repo_id,
+                [
+                    CommitOperationAdd(path, os.path.join(adapter_folder, path))
+                    for path in sorted(_files_below(adapter_folder))
+                ],
+                commit_message=commit_message
+                or f"Upload {', '.join(selected_adapters or list(model.adapters))} with coop_hf",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+@contextmanager
+def _push_errors(repo_id: str, revision: str | None):
+    try:
+        yield
+    except (HfHubHTTPError, _HTTPError, RuntimeError) as error:  # a failed LFS upload is a RuntimeError
+        raise _push_explained(error, repo_id, revision) from error
+
+
+def _files_below(folder: str) -> list[str]:
+    paths = [os.path.join(root, file) for root, _, files in os.walk(folder) for file in files]
+    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in paths]
+
+
+def _read_card(repo_id: str, filename: str, source: dict) -> str | None:
+    """The card that is on the Hub, or `None`. Kept in no cache, because it has to be the newest."""
+    try:
+        with open(find_file(repo_id, filename, **source), encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _push_explained(error: BaseException, repo_id: str, revision: str | None) -> OSError:
+    said = _server_error(error)
+    status = _status(said)
+    hint = {
+        401: "no token was given, or one that the Hub does not accept: pass `token=...` or run `hf auth login`",
+        403: "the token may not write there: use one with write access, another owner, or `create_pr=True`",
+        409: "something else is being done to the repository at this moment",
+        412: "somebody else committed at the same moment",
+        429: "there were too many requests; wait a few minutes",
+    }.get(status)
+    if hint is None and isinstance(said, RevisionNotFoundError):
+        hint = f"the repository has no revision {revision!r}, or it is none that can be committed to"
+    if hint is None:
+        text = " ".join(str(said).split())[:300] or type(said).__name__
+        hint = f"the Hub answered with the error {status}: {text}" if status else f"the connection failed: {text}"
+    return OSError(
+        f"could not push to {repo_id!r}: {hint}. Nothing on this machine was changed; call `push_to_hub` again when "
+        "that is mended."
+    )

@@ -1,0 +1,173 @@
+"""Learn a prompt from a few labelled pictures, and compare it with a hand-written one.
+
+    accelerate launch examples/train.py
+    accelerate launch examples/train.py --base_model openai/clip-vit-base-patch32 --dataset my_pictures --num_shots 4
+
+Without arguments: the small emoji CLIP and the emoji pictures that come with the repository, 16 shots.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+
+from datasets import Dataset, DatasetDict
+from transformers import HfArgumentParser, set_seed
+
+from coop_hf import (
+    CoOpConfig,
+    CoOpModel,
+    CoOpTrainer,
+    CoOpTrainingArguments,
+    emoji_model_path,
+    load_emoji,
+    load_images,
+    read_coop_split,
+    read_few_shot_indices,
+    sample_few_shot,
+)
+
+
+EMOJI_TEMPLATE = "an emoji of a {}."
+
+
+@dataclass
+class ModelArguments:
+    """Which base model, and which context."""
+
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a CLIP model. Default: the embedded emoji CLIP."}
+    )
+    base_model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16, for the frozen base."})
+    n_ctx: int | None = field(default=None, metadata={"help": "Context tokens. Default: 16, or those of --ctx_init."})
+    class_token_position: str = field(default="end", metadata={"help": "end, middle or front."})
+    class_specific: bool = field(default=False, metadata={"help": "One context for each class."})
+    ctx_init: str | None = field(default=None, metadata={"help": 'Words to start from, such as "a photo of a".'})
+    template: str | None = field(
+        default=None, metadata={"help": 'Hand-written prompt to compare with. Default: "a photo of a {}."'}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which pictures."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder of class folders (or of train/ and test/), saved data set, or parquet files. "
+            "Default: the embedded emoji pictures."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji pictures."})
+    train_split: str = field(default="train", metadata={"help": "Split that the shots are drawn from."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: test or validation."})
+    class_names: str | None = field(default=None, metadata={"help": "Names of the classes, separated by commas."})
+    coop_split: str | None = field(default=None, metadata={"help": "A split_zhou_*.json of the CoOp benchmark."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the pictures of --coop_split."})
+    few_shot_indices: str | None = field(default=None, metadata={"help": "A few-shot file of the CoOp benchmark."})
+
+
+def load_data(args: DataArguments, num_shots: int, label_column: str, seed: int) -> tuple[Dataset, Dataset]:
+    """The training pictures (`num_shots` of each class, 0: all) and the pictures to test on."""
+    names = None if args.class_names is None else [name.strip() for name in args.class_names.split(",")]
+    if args.coop_split is not None:
+        splits = read_coop_split(args.coop_split, args.image_root)
+        if args.few_shot_indices is not None:
+            return read_few_shot_indices(args.few_shot_indices, splits)["train"], splits["test"]
+    elif args.dataset is None:
+        splits = load_emoji(args.style)
+    else:
+        splits = load_images(args.dataset, **({"name": args.dataset_config} if args.dataset_config else {}))
+    if isinstance(splits, Dataset):
+        splits = DatasetDict({args.train_split: splits})
+    for split in filter(None, (args.train_split, args.eval_split)):
+        if split not in splits:
+            sys.exit(f"There is no split {split!r} in the data set; it has {', '.join(map(repr, splits))}.")
+    pool = splits[args.train_split]
+    eval_split = args.eval_split or next((s for s in ("test", "validation", "valid", "val") if s in splits), None)
+    if num_shots == 0:
+        if eval_split is None:
+            sys.exit("With all pictures for training none is left to test on: pass --eval_split or --num_shots.")
+        return pool, splits[eval_split]
+    if eval_split is not None:
+        return sample_few_shot(pool, num_shots, label_column, seed, names), splits[eval_split]
+    # One split alone: what is not drawn is tested on.
+    numbered = pool.add_column("_row", list(range(len(pool))))
+    train = sample_few_shot(numbered, num_shots, label_column, seed, names)
+    drawn = set(train["_row"])
+    rest = pool.select([row for row in range(len(pool)) if row not in drawn])
+    return train.remove_columns("_row"), rest
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, CoOpTrainingArguments))
+    parser.set_defaults(num_shots=16, output_dir="coop_output", seed=1, save_strategy="no")
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    start = time.perf_counter()
+
+    train, test = load_data(data_args, training_args.num_shots, training_args.label_column, training_args.seed)
+    set_seed(training_args.seed)
+    given = {
+        name: getattr(model_args, name) for name in ("n_ctx", "class_token_position", "class_specific", "ctx_init")
+    }
+    if model_args.template is not None:
+        given["template"] = model_args.template
+    elif data_args.dataset is None and data_args.coop_split is None:
+        given["template"] = EMOJI_TEMPLATE
+    names = data_args.class_names
+    if names is not None:
+        names = [name.strip() for name in names.split(",")]
+    elif hasattr(train.features.get(training_args.label_column), "names"):
+        names = train.features[training_args.label_column].names
+    model = CoOpModel.from_pretrained(
+        model_args.base_model or emoji_model_path(),
+        CoOpConfig(**given),
+        class_names=names,
+        revision=model_args.base_model_revision,
+        dtype=model_args.dtype,
+    )
+    trainer = CoOpTrainer(model=model, args=training_args, train_dataset=train, eval_dataset=test)
+
+    with model.disable_adapter():
+        zero_shot = trainer.evaluate(metric_key_prefix="zero_shot")
+    training = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    learned = trainer.evaluate()
+    trainer.save_model()
+
+    if trainer.is_world_process_zero():
+        results = {
+            **zero_shot,
+            **training.metrics,
+            **learned,
+            "num_shots": training_args.num_shots,
+            "seed": training_args.seed,
+            "total_runtime": time.perf_counter() - start,
+        }
+        with open(os.path.join(training_args.output_dir, "all_results.json"), "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2, sort_keys=True)
+        show(model, training_args, results, len(train), len(test))
+
+
+def show(model: CoOpModel, args: CoOpTrainingArguments, results: dict, num_train: int, num_test: int) -> None:
+    """The table at the end."""
+    before, after = results["zero_shot_accuracy"], results["eval_accuracy"]
+    rows = [
+        (f'hand-written prompt "{model.config.template}"', f"{before:.1%}"),
+        (f"learned prompt ({model.config.n_ctx} context vectors, {num_train} pictures)", f"{after:.1%}"),
+        ("gain", f"{100 * (after - before):+.1f} points"),
+        ("time to train", f"{results['train_runtime']:.1f} s"),
+        ("time in all", f"{results['total_runtime']:.1f} s"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print(f"\nAccuracy on {num_test} test pictures, {len(model.class_names)} classes, seed {args.seed}")
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value:>12}")
+    print(f"The learned prompt is in {args.output_dir}: CoOpModel.from_pretrained({args.output_dir!r})")
+
+
+if __name__ == "__main__":
+    main()

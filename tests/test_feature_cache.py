@@ -1,0 +1,193 @@
+import logging
+import os
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from coop_hf import CoOpModel, EmbeddedImages, LabelledImages, embed_images
+from coop_hf.data import train_transform
+from coop_hf.feature_cache import FeatureCache, default_cache_dir
+
+
+@pytest.fixture(scope="module")
+def model(base, processor):
+    return CoOpModel(base, class_names=["a", "b", "c"], processor=processor)
+
+
+def pictures(count, seed=0):
+    rng = np.random.default_rng(seed)
+    images = [PIL.Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(count)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    return datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in range(count)]}, features=features)
+
+
+def labelled(dataset, processor, **kwargs):
+    return LabelledImages(dataset, processor, **kwargs)
+
+
+@pytest.fixture
+def counted(model, monkeypatch):
+    """Counts the pictures that go through the image tower."""
+    seen = []
+    real = model.get_image_features
+    monkeypatch.setattr(model, "get_image_features", lambda pixels: (seen.append(len(pixels)), real(pixels))[1])
+    return seen
+
+
+def direct(model, images, view=None):
+    pixels = torch.stack([images.view(i, view) for i in range(len(images))])
+    with torch.no_grad():
+        return model.get_image_features(pixels)
+
+
+def test_plain_views_are_what_the_image_tower_gives(model, processor, tmp_path):
+    images = labelled(pictures(7), processor)
+    embeddings = embed_images(model, images, cache_dir=tmp_path, batch_size=3, progress=False)
+    assert embeddings.shape == (1, 7, 24) and embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings[0], direct(model, images), rtol=1e-5, atol=1e-6)
+
+
+def test_augmented_views_are_those_of_the_epochs(model, processor, tmp_path):
+    images = labelled(pictures(5), processor, augment=True, seed=3)
+    embeddings = embed_images(model, images, num_views=4, cache_dir=tmp_path, batch_size=3, progress=False)
+    assert embeddings.shape == (4, 5, 24)
+    for epoch in range(4):
+        images.set_epoch(epoch)
+        pixels = torch.stack([images[i]["pixel_values"] for i in range(5)])
+        with torch.no_grad():
+            expected = model.get_image_features(pixels)
+        torch.testing.assert_close(embeddings[epoch], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(embeddings[0], embeddings[1], atol=1e-3)
+
+
+def test_a_second_run_computes_nothing_and_gives_the_same_bits(model, processor, tmp_path, counted):
+    first = embed_images(model, labelled(pictures(7), processor), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 7
+    second = embed_images(model, labelled(pictures(7), processor), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 7
+    assert torch.equal(first, second)
+
+
+def test_pictures_are_known_by_content_not_by_data_set(model, processor, tmp_path, counted):
+    whole = pictures(9)
+    embed_images(model, labelled(whole, processor), cache_dir=tmp_path, progress=False)
+    part = embed_images(model, labelled(whole.select([8, 2, 5]), processor), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 9  # another selection, another order: all were there
+    torch.testing.assert_close(part[0], direct(model, labelled(whole, processor))[[8, 2, 5]], rtol=1e-5, atol=1e-6)
+
+
+def test_what_changes_the_embedding_changes_the_key(model, base, processor, image_processor, tmp_path, counted):
+    images = pictures(3)
+    embed_images(model, labelled(images, processor), cache_dir=tmp_path, progress=False)
+    embed_images(model, labelled(images, processor), num_views=1, cache_dir=tmp_path, progress=False)  # a view
+    assert sum(counted) == 6
+    embed_images(model, labelled(images, processor, seed=1), num_views=1, cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 9  # another seed of the views
+    other = type(image_processor)(**{**image_processor.to_dict(), "image_mean": [0.1, 0.2, 0.3]})
+    embed_images(model, labelled(images, other), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 12  # other preprocessing
+    with torch.no_grad():
+        base.visual_projection.weight[0, 0] += 1
+    try:
+        embed_images(model, labelled(images, processor), cache_dir=tmp_path, progress=False)
+        assert sum(counted) == 15  # other weights
+    finally:
+        with torch.no_grad():
+            base.visual_projection.weight[0, 0] -= 1
+
+
+def test_other_augmentations_are_not_mixed_up(model, processor, tmp_path, counted):
+    images = pictures(2)
+    for transform in (None, train_transform(processor, flip=False), lambda image, rng: torch.zeros(3, 16, 16)):
+        embed_images(
+            model, labelled(images, processor, transform=transform), num_views=1, cache_dir=tmp_path, progress=False
+        )
+    assert sum(counted) == 6
+
+
+def test_interrupted_it_goes_on(model, processor, tmp_path, monkeypatch, counted):
+    monkeypatch.setattr("coop_hf.feature_cache._FILE_ROWS", 4)
+    images = labelled(pictures(10), processor)
+    real = FeatureCache.add
+
+    def stop_at_third(self, ids, features):
+        if len(os.listdir(self.folder) if os.path.isdir(self.folder) else []) == 2:
+            raise KeyboardInterrupt
+        real(self, ids, features)
+
+    monkeypatch.setattr(FeatureCache, "add", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    monkeypatch.setattr(FeatureCache, "add", real)
+    before = sum(counted)
+    result = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    assert sum(counted) - before == 2  # 8 were saved in two files
+    torch.testing.assert_close(result[0], direct(model, images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "garbage", "empty"])
+def test_damaged_it_says_so_and_is_rebuilt(model, processor, tmp_path, caplog, damage):
+    images = labelled(pictures(4), processor)
+    good = embed_images(model, images, cache_dir=tmp_path, progress=False)
+    (path,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[:-10]
+    elif damage == "flipped bit":
+        content[-5] ^= 1
+    else:
+        content = b"" if damage == "empty" else os.urandom(len(content))
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        again = embed_images(model, images, cache_dir=tmp_path, progress=False)
+    assert torch.equal(good, again)
+    assert "damaged" in caplog.text and str(path) in caplog.text
+
+
+def test_a_changed_file_is_computed_again(model, processor, tmp_path, counted):
+    path = tmp_path / "picture.png"
+    PIL.Image.new("RGB", (20, 20), "red").save(path)
+    dataset = datasets.Dataset.from_dict({"image": [str(path)], "label": [0]}).cast_column("image", datasets.Image())
+    images = LabelledImages(dataset, processor, class_names=["a", "b", "c"])
+    red = embed_images(model, images, cache_dir=tmp_path / "cache", progress=False)
+    PIL.Image.new("RGB", (20, 20), "blue").save(path)
+    os.utime(path, ns=(1, 1))
+    blue = embed_images(model, images, cache_dir=tmp_path / "cache", progress=False)
+    assert sum(counted) == 2 and not torch.equal(red, blue)
+
+
+def test_shares_of_several_processes_make_the_whole(model, processor, tmp_path, counted):
+    images = labelled(pictures(7), processor)
+    embed_images(model, images, cache_dir=tmp_path, process_index=1, num_processes=2, progress=False)
+    first_share = sum(counted)
+    whole = embed_images(model, images, cache_dir=tmp_path, process_index=0, num_processes=2, progress=False)
+    torch.testing.assert_close(whole[0], direct(model, images), rtol=1e-5, atol=1e-6)
+    assert first_share == 7  # nobody else was there, so the rest was computed too
+    assert sum(counted) == 7 + 7  # the comparison's own pass
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path))
+    assert default_cache_dir() == str(tmp_path)
+
+
+def test_embedded_images_take_views_in_turn():
+    embeddings = torch.arange(2 * 3 * 4).float().view(2, 3, 4)
+    data = EmbeddedImages(embeddings, [2, 0, 1])
+    assert len(data) == 3
+    for epoch in range(5):
+        data.set_epoch(epoch)
+        batch = data.__getitems__([2, 0])
+        assert torch.equal(batch["image_embeds"], embeddings[epoch % 2][[2, 0]])
+        assert batch["labels"].tolist() == [1, 2]
+        assert torch.equal(data[1]["image_embeds"], embeddings[epoch % 2, 1])
+
+
+def test_embedded_images_refuse_what_does_not_pair_up():
+    with pytest.raises(ValueError, match="3 image embeddings and 2 labels"):
+        EmbeddedImages(torch.zeros(3, 4), [0, 1])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        EmbeddedImages(torch.full((2, 4), torch.nan), [0, 1])

@@ -1,0 +1,522 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages, LabelledImages
+from coop_hf.saving import read_adapter
+
+
+NAMES = ["cat", "dog", "sea"]
+
+
+def make_model(base, processor, seed=0, **config):
+    torch.manual_seed(seed)
+    return CoOpModel(base, CoOpConfig(**{"n_ctx": 4, **config}), class_names=NAMES, processor=processor)
+
+
+def embedded(count=24, views=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return EmbeddedImages(torch.randn(views, count, 24, generator=generator), [i % 3 for i in range(count)])
+
+
+def pictures(count=12, names=NAMES, seed=0):
+    rng = np.random.default_rng(seed)
+    images = [PIL.Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(count)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    labels = [i % len(names) for i in range(count)]
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def arguments(folder, **given):
+    defaults = {"save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+    defaults["feature_cache_dir"] = str(Path(folder) / "cache")
+    return CoOpTrainingArguments(str(folder), **{**defaults, **given})
+
+
+def trained(model, folder, train, **given):
+    trainer = CoOpTrainer(model=model, args=arguments(folder, **given), train_dataset=train)
+    trainer.train()
+    return model.context.detach().clone()
+
+
+# ---------------------------------------------------------------------- what is computed
+
+
+def hand_written_training(model, data, epochs, batch_size, seed, learning_rate=2e-3, momentum=0.9, decay=5e-4):
+    """The paper's recipe written out: no Trainer, no optimizer class, no scheduler class."""
+    context = model.context.detach().clone()
+    velocity = None
+    for epoch in range(epochs):
+        if epoch == 0:
+            rate = 1e-5
+        else:
+            rate = learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+        order = np.random.default_rng([seed, epoch]).permutation(len(data))
+        embeddings = data.image_embeds[epoch % len(data.image_embeds)]
+        for start in range(0, len(data) - batch_size + 1, batch_size):
+            rows = torch.as_tensor(order[start : start + batch_size])
+            context.requires_grad_()
+            with torch.no_grad():
+                model.context.copy_(context)
+            output = model(image_embeds=embeddings[rows], labels=data.labels[rows])
+            (gradient,) = torch.autograd.grad(output.loss, model.context)
+            gradient = gradient + decay * context.detach()
+            velocity = gradient if velocity is None else momentum * velocity + gradient
+            context = context.detach() - rate * velocity
+    return context
+
+
+@pytest.mark.parametrize("config", [{}, {"class_specific": True, "class_token_position": "middle"}])
+def test_the_papers_recipe_step_by_step(base, processor, tmp_path, config):
+    data = embedded(count=23, views=2)
+    expected = hand_written_training(make_model(base, processor, **config), data, epochs=4, batch_size=8, seed=5)
+    result = trained(
+        make_model(base, processor, **config),
+        tmp_path,
+        data,
+        recipe="paper",
+        num_train_epochs=4,
+        per_device_train_batch_size=8,
+        seed=5,
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_reaches_a_context_of_any_name(base, processor, tmp_path):
+    # transformers exempts parameters with "bias" or "norm" in their names.
+    results = []
+    for name in ("default", "bias", "layernorm"):
+        torch.manual_seed(0)
+        model = CoOpModel(base, CoOpConfig(n_ctx=4), NAMES, processor, adapter_name=name)
+        given = {"recipe": "paper", "weight_decay": 5.0, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+        results.append(trained(model, tmp_path, embedded(), **given))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_fast_recipe_is_full_batch_adam(base, processor, tmp_path):
+    data = embedded()
+    model = make_model(base, processor)
+    context = model.context.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([context], lr=0.02)
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * step / 6))
+        with torch.no_grad():
+            model.context.copy_(context)
+        loss = model(image_embeds=data.image_embeds[0], labels=data.labels).loss
+        (context.grad,) = torch.autograd.grad(loss, model.context)
+        optimizer.step()
+    result = trained(make_model(base, processor), tmp_path, data, recipe="fast", max_steps=6, learning_rate=0.02)
+    torch.testing.assert_close(result, context.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [24, 21])
+def test_accumulated_gradients_equal_one_batch(base, processor, tmp_path, count):
+    given = {"recipe": "paper", "num_train_epochs": 3, "learning_rate": 0.1}
+    whole = trained(make_model(base, processor), tmp_path, embedded(count), per_device_train_batch_size=12, **given)
+    parts = trained(
+        make_model(base, processor),
+        tmp_path,
+        embedded(count),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        **given,
+    )
+    if count == 24:
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+    else:  # 21 pictures are one batch of 12, or two groups of which the second holds 8
+        assert not torch.equal(parts, whole)
+
+
+def test_fewer_pictures_than_a_batch(base, processor, tmp_path):
+    data = embedded(7)
+    expected = hand_written_training(make_model(base, processor), data, epochs=3, batch_size=7, seed=42)
+    for accumulation in (1, 3):
+        result = trained(
+            make_model(base, processor),
+            tmp_path,
+            data,
+            recipe="paper",
+            num_train_epochs=3,
+            gradient_accumulation_steps=accumulation,
+        )
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_views_equal_pictures_decoded_at_every_step(base, processor, tmp_path, workers):
+    given = {"recipe": "paper", "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 0.1}
+    cached = trained(make_model(base, processor), tmp_path, pictures(), **given)
+    decoded = trained(
+        make_model(base, processor),
+        tmp_path,
+        pictures(),
+        cache_features=False,
+        dataloader_num_workers=workers,
+        **given,
+    )
+    torch.testing.assert_close(decoded, cached, rtol=1e-4, atol=1e-6)
+    plain = trained(make_model(base, processor), tmp_path, pictures(), num_views=0, **given)
+    assert not torch.allclose(plain, cached, atol=1e-4)
+
+
+def test_label_smoothing(base, processor, tmp_path):
+    data = embedded(6)
+    model = make_model(base, processor)
+    logits = model(image_embeds=data.image_embeds[0]).logits.log_softmax(-1)
+    expected = -(0.8 * logits[range(6), data.labels] + 0.2 * logits.mean(-1)).mean()
+    trainer = CoOpTrainer(
+        model=model, args=arguments(tmp_path, label_smoothing_factor=0.2), train_dataset=data, eval_dataset=data
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_bf16_autocast_keeps_the_context_in_fp32(base, processor, tmp_path):
+    full = trained(make_model(base, processor), tmp_path, embedded(), recipe="fast", max_steps=3)
+    mixed = trained(make_model(base, processor), tmp_path, embedded(), recipe="fast", max_steps=3, bf16=True)
+    assert mixed.dtype == torch.float32 and not torch.equal(mixed, full)
+    torch.testing.assert_close(mixed, full, atol=0.05, rtol=0)
+
+
+def test_many_classes_in_chunks(base, processor, tmp_path):
+    whole = trained(make_model(base, processor), tmp_path, embedded(), recipe="fast", max_steps=5)
+    for given in ({"text_chunk_size": 2}, {"activation_checkpointing": True}):
+        model = make_model(base, processor)
+        chunked = trained(model, tmp_path, embedded(), recipe="fast", max_steps=5, **given)
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
+        assert model.text_chunk_size in (2, 128)
+
+
+def test_only_the_active_adapter_learns(base, processor, tmp_path):
+    model = make_model(base, processor)
+    model.add_adapter("other", CoOpConfig(n_ctx=2), class_names=NAMES)
+    other = model.adapters["other"].context.detach().clone()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    start = model.context.detach().clone()
+    assert not torch.equal(trained(model, tmp_path, embedded(), max_steps=2), start)
+    assert torch.equal(model.adapters["other"].context, other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_encodes_the_classes_once(base, processor, tmp_path, monkeypatch):
+    data = embedded(40)
+    model = make_model(base, processor)
+    trainer = CoOpTrainer(model=model, args=arguments(tmp_path, per_device_eval_batch_size=4), eval_dataset=data)
+    calls = []
+    real = base.text_projection.forward
+    monkeypatch.setattr(base.text_projection, "forward", lambda x: (calls.append(len(x)), real(x))[1])
+    metrics = trainer.evaluate()
+    assert calls == [3]
+    with torch.no_grad():
+        predicted = model(image_embeds=data.image_embeds[0]).logits.argmax(-1)
+    assert metrics["eval_accuracy"] == pytest.approx((predicted == data.labels).float().mean().item())
+    assert "eval_macro_f1" in metrics and len(calls) == 1
+
+
+def test_zero_shot_beside_the_learned_prompt(base, processor, tmp_path):
+    model = make_model(base, processor)
+    data = pictures(9)
+    trainer = CoOpTrainer(model=model, args=arguments(tmp_path), eval_dataset=data)
+    with model.disable_adapter():
+        metrics = trainer.evaluate(metric_key_prefix="zero_shot")
+    inputs = processor(
+        text=[f"a photo of a {name}." for name in NAMES], images=data["image"][:], return_tensors="pt", padding=True
+    )
+    with torch.no_grad():
+        predicted = base(**inputs).logits_per_image.argmax(-1)
+    assert metrics["zero_shot_accuracy"] == pytest.approx((predicted == torch.tensor(data["label"])).float().mean())
+
+
+def test_a_test_set_with_its_classes_in_another_order(base, processor, tmp_path):
+    model = make_model(base, processor)
+    data = pictures(9)
+    other = data.cast_column("label", datasets.Value("int64")).map(lambda row: {"label": 2 - row["label"]})
+    other = other.cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))
+    trainer = CoOpTrainer(model=model, args=arguments(tmp_path), eval_dataset={"one": data, "two": other})
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_accuracy"] == metrics["eval_two_accuracy"]
+    assert metrics["eval_one_loss"] == pytest.approx(metrics["eval_two_loss"])
+
+
+def test_predict_gives_logits(base, processor, tmp_path):
+    model = make_model(base, processor)
+    data = embedded(5)
+    output = CoOpTrainer(model=model, args=arguments(tmp_path)).predict(data)
+    with torch.no_grad():
+        expected = model(image_embeds=data.image_embeds[0]).logits
+    np.testing.assert_allclose(output.predictions, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_a_checkpoint_holds_adapter_and_state_alone(base, processor, tmp_path):
+    model = make_model(base, processor)
+    trained(model, tmp_path, embedded(), recipe="fast", max_steps=4, save_strategy="steps", save_steps=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    files = sorted(p.name for p in (tmp_path / "checkpoint-4").iterdir())
+    assert files == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "trainer_state.json",
+        "training_args.json",
+        "training_state.json",
+        "training_state.safetensors",
+    ]
+    loaded = CoOpModel.from_pretrained(tmp_path / "checkpoint-4", base_model=base, processor=processor)
+    assert torch.equal(loaded.context, model.context)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+@pytest.mark.parametrize("stop", [3, 4, 7])  # in the middle and at the end of an epoch of 4 steps
+@pytest.mark.parametrize("kind", ["embeddings", "pictures"])
+def test_resumed_training_ends_with_the_same_bits(base, processor, tmp_path, recipe, stop, kind):
+    data = embedded(17, views=3) if kind == "embeddings" else pictures(17)
+    given = {
+        "recipe": recipe,
+        "max_steps": 11,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 0.05,
+        "cache_features": kind == "embeddings",
+    }
+    if kind == "pictures":
+        given["augment"] = True
+    straight = trained(make_model(base, processor), tmp_path / "a", data, **given)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == stop
+
+    first = CoOpTrainer(
+        model=make_model(base, processor),
+        args=arguments(tmp_path / "b", **given),
+        train_dataset=data,
+        callbacks=[Stop()],
+    )
+    first.train()
+    assert first.state.global_step == stop
+    second_model = make_model(base, processor, seed=99)  # what it starts from is overwritten
+    second = CoOpTrainer(model=second_model, args=arguments(tmp_path / "b", **given), train_dataset=data)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 11
+    assert torch.equal(second_model.context, straight)
+
+
+def test_resuming_with_another_configuration_is_refused(base, processor, tmp_path):
+    given = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trained(make_model(base, processor), tmp_path, embedded(), **given)
+    other = make_model(base, processor, n_ctx=5)
+    trainer = CoOpTrainer(model=other, args=arguments(tmp_path, **given), train_dataset=embedded())
+    with pytest.raises(ValueError, match="n_ctx=4.*n_ctx=5"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_best_model_and_early_stopping(base, processor, tmp_path):
+    model = make_model(base, processor)
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen[state.global_step] = (metrics["eval_loss"], model.context.detach().clone())
+
+    given = {
+        "max_steps": 30,
+        "learning_rate": 3.0,  # far too high: the loss goes up and down
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "save_total_limit": 2,
+    }
+    trainer = CoOpTrainer(
+        model=model,
+        args=arguments(tmp_path, **given),
+        train_dataset=embedded(24),
+        eval_dataset=embedded(30, seed=1),
+        callbacks=[EarlyStoppingCallback(3), Watch()],
+    )
+    trainer.train()
+    best = min(seen, key=lambda step: seen[step][0])
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert torch.equal(model.context, seen[best][1])
+    assert max(seen) == best + 3 < 30  # stopped early
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"checkpoint-{best}", f"checkpoint-{best + 3}"])
+
+
+def test_a_loss_of_nan_stops_and_leaves_the_last_checkpoint(base, processor, tmp_path):
+    model = make_model(base, processor)
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                model.context.data[0, 0] = math.nan
+
+    trainer = CoOpTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=9, save_strategy="steps", save_steps=2),
+        train_dataset=embedded(),
+        callbacks=[Poison()],
+    )
+    with pytest.raises(FloatingPointError, match="step 4.*checkpoint-2.* is good"):
+        trainer.train()
+    _, context = read_adapter(tmp_path / "checkpoint-2")
+    assert torch.isfinite(context).all()
+
+
+def test_a_failed_save_says_so_and_leaves_the_last_checkpoint(base, processor, tmp_path, monkeypatch):
+    model = make_model(base, processor)
+    trainer = CoOpTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=9, save_strategy="steps", save_steps=2),
+        train_dataset=embedded(),
+    )
+    real = trainer._save_training_state
+
+    def full_disk(folder):
+        real(folder)
+        if trainer.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_training_state", full_disk)
+    with pytest.raises(OSError, match="checkpoint-4 could not be written.*No space left.*checkpoint-2"):
+        trainer.train()
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    read_adapter(tmp_path / "checkpoint-2")
+
+
+def test_the_final_model_is_an_adapter(base_folder, tmp_path):
+    model = CoOpModel.from_pretrained(base_folder, class_names=NAMES)
+    trainer = CoOpTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=embedded())
+    trainer.train()
+    trainer.save_model()
+    again = CoOpModel.from_pretrained(tmp_path)
+    assert torch.equal(again.context, model.context) and again.class_names == NAMES
+    assert again.predict(pictures(1)["image"][0], top_k=2) == model.predict(pictures(1)["image"][0], top_k=2)
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_trainer as t
+from conftest import make_base, make_tokenizer
+from transformers import CLIPImageProcessor, CLIPProcessor
+torch.set_num_threads(1)
+tokenizer = make_tokenizer()
+size = {{"height": 16, "width": 16}}
+image_processor = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size=size)
+processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+model = t.make_model(make_base(tokenizer), processor)
+data = t.pictures({count})
+args = t.arguments({folder!r}, **{given!r})
+trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.pictures(11, seed=1))
+trainer.train()
+metrics = trainer.evaluate()
+trainer.save_model()
+if trainer.is_world_process_zero():
+    assert args.world_size == {processes}, args.world_size
+    torch.save(metrics, {folder!r} + "/metrics.pt")
+"""
+
+
+def run_processes(folder, processes, count, given):
+    folder.mkdir()
+    script = folder / "script.py"
+    values = {"tests": str(Path(__file__).parent), "count": count, "folder": str(folder), "given": given}
+    script.write_text(SCRIPT.format(processes=processes, **values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return read_adapter(folder)[1], torch.load(folder / "metrics.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "count, given",
+    [
+        (19, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "global_batch": 6}),
+        (13, {"recipe": "fast", "max_steps": 6}),  # all at once, an odd number
+    ],
+)
+def test_two_processes_equal_one(tmp_path, count, given):
+    # The same numbers are added up in another order, and Adam magnifies what differs: 1e-5, where values are of 1e-2.
+    results = []
+    for processes in (1, 2):
+        local = {key: value for key, value in given.items() if key != "global_batch"}
+        if "global_batch" in given:
+            local["per_device_train_batch_size"] = given["global_batch"] // processes
+        results.append(run_processes(tmp_path / str(processes), processes, count, local))
+    (one, one_metrics), (two, two_metrics) = results
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    assert two_metrics["eval_accuracy"] == one_metrics["eval_accuracy"]
+    assert two_metrics["eval_macro_f1"] == pytest.approx(one_metrics["eval_macro_f1"])
+
+
+# ---------------------------------------------------------------------- bad input, before any work
+
+
+def test_class_names_come_from_the_data(base, processor, tmp_path):
+    model = CoOpModel(base, CoOpConfig(n_ctx=4), processor=processor)
+    CoOpTrainer(model=model, args=arguments(tmp_path), train_dataset=pictures())
+    assert model.class_names == NAMES
+
+
+def test_bad_data(base, processor, tmp_path):
+    def make(dataset, model=None, **given):
+        model = model or make_model(base, processor)
+        return CoOpTrainer(model=model, args=arguments(tmp_path, **given), train_dataset=dataset)
+
+    with pytest.raises(ValueError, match="'picture'.*image"):
+        make(pictures(), image_column="picture")
+    with pytest.raises(ValueError, match="'kind'.*label"):
+        make(pictures(), label_column="kind")
+    with pytest.raises(ValueError, match="1 of 3 classes have no picture.*'sea'"):
+        make(pictures().filter(lambda row: row["label"] != 2))
+    with pytest.raises(ValueError, match="label 3|Row 0"):
+        make(pictures().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": row["label"] + 3}))
+    with pytest.raises(ValueError, match="3 names.*4 classes"):
+        make(pictures(names=["x", "y", "z", "w"]))
+    broken = pictures().cast_column("image", datasets.Image(decode=False))
+    damage = {"bytes": b"no picture"}
+    broken = broken.map(
+        lambda row, i: {"image": {**row["image"], **damage} if i == 5 else row["image"]}, with_indices=True
+    )
+    broken = broken.cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match="row 5"):
+        make(broken, max_steps=1).train()
+    skipping = make(broken, max_steps=1, on_bad_image="skip")
+    assert isinstance(skipping.train_dataset, LabelledImages) and skipping.train_dataset.skipped == [5]
+    skipping.train()
+    make(pictures().rename_columns({"image": "img", "label": "y"}), image_column="img", label_column="y", max_steps=1)
+
+
+def test_bad_models_and_arguments(base, base_folder, processor, tmp_path):
+    with pytest.raises(TypeError, match="CoOpModel, got CLIPModel"):
+        CoOpTrainer(model=base, args=arguments(tmp_path))
+    with pytest.raises(TypeError, match="CoOpTrainingArguments, got dict"):
+        CoOpTrainer(model=make_model(base, processor), args={})
+    CoOpModel.from_pretrained(base_folder, class_names=NAMES).save_pretrained(tmp_path / "adapter")
+    for_prediction = CoOpModel.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        CoOpTrainer(model=for_prediction, args=arguments(tmp_path), train_dataset=embedded())
+    CoOpTrainer(model=for_prediction, args=arguments(tmp_path), eval_dataset=embedded())
+    trainable = CoOpModel.from_pretrained(tmp_path / "adapter", is_trainable=True)
+    trained(trainable, tmp_path / "more", embedded(), max_steps=1)
+    with pytest.raises(ValueError, match="no class names"):
+        CoOpTrainer(model=CoOpModel(base, processor=processor), args=arguments(tmp_path))

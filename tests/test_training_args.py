@@ -1,0 +1,77 @@
+import pytest
+from transformers import HfArgumentParser
+
+from coop_hf import CoOpTrainingArguments
+from coop_hf.training_args import paper_epochs
+
+
+def test_the_papers_recipe(tmp_path):
+    args = CoOpTrainingArguments(str(tmp_path), recipe="paper")
+    args.complete(num_pictures=320, num_shots=16, num_classes=20)
+    assert (args.optim, args.optim_args) == ("sgd", "momentum=0.9")
+    assert (args.learning_rate, args.weight_decay) == (2e-3, 5e-4)
+    assert (args.per_device_train_batch_size, args.num_train_epochs) == (32, 200)
+    assert args.max_grad_norm == 0 and args.steps_by_epoch
+
+
+@pytest.mark.parametrize("shots, epochs", [(1, 50), (2, 100), (4, 100), (8, 200), (16, 200)])
+def test_epochs_follow_the_shots(shots, epochs):
+    assert paper_epochs(shots, 100) == epochs
+    assert paper_epochs(shots, 1000) == 50
+
+
+def test_whatever_is_set_overrides_the_recipe(tmp_path):
+    args = CoOpTrainingArguments(
+        str(tmp_path),
+        recipe="paper",
+        learning_rate=0.5,
+        weight_decay=0.0,
+        optim="adamw_torch",
+        num_train_epochs=3,
+        per_device_train_batch_size=5,
+        lr_scheduler_type="constant",
+    )
+    args.complete(320, 16, 20)
+    assert (args.learning_rate, args.weight_decay, args.optim, args.num_train_epochs) == (0.5, 0.0, "adamw_torch", 3)
+    assert args.optim_args is None  # SGD's momentum is not handed to Adam
+    assert args.per_device_train_batch_size == 5 and not args.steps_by_epoch
+
+
+def test_the_fast_recipe_takes_all_pictures_at_once(tmp_path):
+    args = CoOpTrainingArguments(str(tmp_path), recipe="fast")
+    args.complete(321, 16, 20)
+    assert args.per_device_train_batch_size == 321 and args.max_steps > 0
+    args = CoOpTrainingArguments(str(tmp_path), recipe="fast", num_train_epochs=7)
+    args.complete(321, 16, 20)
+    assert args.max_steps == -1 and args.num_train_epochs == 7
+    args = CoOpTrainingArguments(str(tmp_path), recipe="fast", cache_features=False)
+    args.complete(321, 16, 20)
+    assert args.per_device_train_batch_size == 32  # pictures don't fit in memory as their embeddings do
+
+
+def test_accumulated_steps_share_the_recipes_batch(tmp_path):
+    args = CoOpTrainingArguments(str(tmp_path), recipe="paper", gradient_accumulation_steps=4)
+    args.complete(320, 16, 20)
+    assert args.per_device_train_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"recipe": "quick"}, "'paper' or 'fast', got 'quick'"),
+        ({"on_bad_image": "ignore"}, "'raise' or 'skip'"),
+        ({"num_views": 3, "cache_features": False}, "num_views=3"),
+        ({"num_views": -1}, "at least 0"),
+        ({"augment": True}, "cache_features=False"),
+    ],
+)
+def test_bad_arguments(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        CoOpTrainingArguments(str(tmp_path), **given)
+
+
+def test_the_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --recipe paper --learning_rate 0.1 --num_shots 4 --num_views 2 --image_column img"
+    (args,) = HfArgumentParser(CoOpTrainingArguments).parse_args_into_dataclasses(line.split())
+    assert (args.recipe, args.learning_rate, args.num_shots, args.num_views) == ("paper", 0.1, 4, 2)
+    assert args.image_column == "img" and args.num_train_epochs is None
