@@ -38,6 +38,8 @@ def _check_text(name: str, value, hint: str = "", optional: bool = True) -> None
         raise ValueError(f"`{name}` has {len(value):,} characters; at most {MAX_TEXT_LENGTH:,} are accepted. {hint}")
     if any(ord(character) < 32 and character not in "\t\n" or ord(character) == 127 for character in value):
         raise ValueError(f"`{name}` must not contain control characters, got {value[:80]!r}. {hint}")
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        raise ValueError(f"`{name}` holds half a character, which no file can hold: {value[:80]!r}. {hint}")
 
 
 def check_class_names(class_names) -> list[str]:
@@ -52,6 +54,10 @@ def check_class_names(class_names) -> list[str]:
     """
     if isinstance(class_names, (str, bytes)):
         raise ValueError(f"`class_names` must be a list of strings, got the single string {class_names[:80]!r}.")
+    if isinstance(class_names, (set, frozenset, dict)):
+        raise ValueError(
+            f"`class_names` must be a list of strings in the order of the labels, got a {type(class_names).__name__}."
+        )
     try:
         names = list(class_names)
     except TypeError:

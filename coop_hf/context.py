@@ -53,6 +53,7 @@ def init_context(
     if config.ctx_init is not None:
         ids = torch.tensor(encode_words(tokenizer, [config.ctx_init])[0])
         with torch.no_grad():
-            words = token_embedding(ids.to(token_embedding.weight.device))
+            device = token_embedding.weight.device  # meta if offloaded: then its hook moves the ids
+            words = token_embedding(ids if device.type == "meta" else ids.to(device))
         context[..., n_ctx - len(ids) :, :] = words.float().cpu()
     return context

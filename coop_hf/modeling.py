@@ -7,6 +7,7 @@
 Only the context vectors learn (https://arxiv.org/abs/2109.01134, equations 2 and 3).
 """
 
+import logging
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,17 +20,19 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils import ModelOutput
 
-from .config import ADAPTER_CONFIG_NAME, CoOpConfig, check_class_names, clean_class_name
+from .config import ADAPTER_CONFIG_NAME, CoOpConfig, _is_int, check_class_names, clean_class_name
 from .context import init_context, num_context_tokens
 from .data import decode_image, eval_transform
 from .hub import find_file, has_file, is_hub_id
 from .prompts import PromptLayout, fill_template, make_layout, tokenize_texts
 from .saving import read_adapter, write_adapter
-from .shared_prefix import SharedPrefixPass
+from .shared_prefix import SharedPrefixPass, class_parallel_features
 from .text_tower import check_base_model, plain_text_features
 
 
 __all__ = ["CoOpModel", "CoOpOutput"]
+
+logger = logging.getLogger(__name__)
 
 TEXT_PASSES = ("auto", "shared", "plain")
 
@@ -63,11 +66,12 @@ class _Adapter(nn.Module):
         self.hand_prompts: _Prompts | None = None
 
     def _apply(self, fn, recurse=True):
-        # The context stays in fp32 through .half(), .bfloat16() and .to(dtype), and keeps every bit of it.
-        before = self.context.detach()
-        super()._apply(fn, recurse)
-        if self.context.dtype != torch.float32:
-            self.context.data = before.to(self.context.device)
+        # The context and its gradient stay in fp32 through .half(), .bfloat16() and .to(dtype), every bit of them.
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
         return self
 
 
@@ -80,9 +84,13 @@ class _Prompts:
         self.shared_pass = SharedPrefixPass(base_model, layout, class_specific)
         self._kept: tuple | None = None
 
-    def features(self, context: torch.Tensor | None, text_pass: str, chunk_size: int | None) -> torch.Tensor:
+    def features(
+        self, context: torch.Tensor | None, text_pass: str, chunk_size: int | None, parallel: bool = False
+    ) -> torch.Tensor:
         if text_pass == "plain":
             return plain_text_features(self.base_model, self.layout, context)
+        if parallel:
+            return class_parallel_features(self.shared_pass, context, chunk_size)
         return self.shared_pass(context, chunk_size)
 
     def kept_features(self, context: torch.Tensor | None, text_pass: str, chunk_size: int | None) -> torch.Tensor:
@@ -95,11 +103,16 @@ class _Prompts:
                 kept_context.device == context.device and torch.equal(kept_context, context)
             )
             if kept_state == state and same_context:
-                return features
-        with torch.no_grad():
+                return features.clone()  # the caller may write to it
+        with torch.inference_mode(False), torch.no_grad():
             features = self.features(context, text_pass, chunk_size)
         self._kept = (state, None if context is None else context.detach().clone(), features)
-        return features
+        return features.clone()
+
+    def forget(self) -> None:
+        """Drops what was computed from the base's weights."""
+        self._kept = None
+        self.shared_pass._constants.clear()
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": None}
@@ -130,6 +143,9 @@ class CoOpModel(nn.Module):
         ValueError: bad class names, or prompts longer than the tower's positions.
     """
 
+    # Several processes share the work of a training step's class embeddings. `CoOpTrainer` sets it, because then all
+    # of them must take every step together.
+    text_parallel = False
     # Read by transformers.Trainer: the loss is the mean over the batch given, and takes no `num_items_in_batch`.
     accepts_loss_kwargs = False
 
@@ -153,7 +169,7 @@ class CoOpModel(nn.Module):
             )
         if text_pass not in TEXT_PASSES:
             raise ValueError(f"`text_pass` must be one of {', '.join(map(repr, TEXT_PASSES))}, got {text_pass!r}.")
-        if text_chunk_size is not None and (not isinstance(text_chunk_size, int) or text_chunk_size < 1):
+        if text_chunk_size is not None and (not _is_int(text_chunk_size) or text_chunk_size < 1):
             raise ValueError(f"`text_chunk_size` must be a positive whole number or None, got {text_chunk_size!r}.")
         has_known_layers = all(isinstance(layer, CLIPEncoderLayer) for layer in base_model.text_model.encoder.layers)
         if text_pass == "shared" and not has_known_layers:
@@ -192,6 +208,11 @@ class CoOpModel(nn.Module):
             raise ValueError(f"pass either `pixel_values` or `image_embeds`; got {given}.")
         if image_embeds is None:
             image_embeds = self.get_image_features(pixel_values)
+        elif image_embeds.dim() != 2 or image_embeds.shape[-1] != self.base_model.config.projection_dim:
+            raise ValueError(
+                f"`image_embeds` must be (batch, {self.base_model.config.projection_dim}), as `get_image_features` "
+                f"gives them, got {tuple(image_embeds.shape)}: were they made by another model?"
+            )
         text_embeds = self.get_text_features()
         # Cosines in fp32 whatever the towers' dtype: in fp16 a logit of 30 is only known to 1/64.
         with torch.autocast(text_embeds.device.type, enabled=False):
@@ -212,13 +233,15 @@ class CoOpModel(nn.Module):
         prompts = self._active_prompts()
         context = None if self._disabled else self.context
         learns = context is not None and context.requires_grad and torch.is_grad_enabled()
-        compute = prompts.features if learns or torch.compiler.is_compiling() else prompts.kept_features
-        return compute(context, self.text_pass, self.text_chunk_size)
+        if learns or torch.compiler.is_compiling():
+            parallel = self.text_parallel and learns and self.training
+            return prompts.features(context, self.text_pass, self.text_chunk_size, parallel)
+        return prompts.kept_features(context, self.text_pass, self.text_chunk_size)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Image embeddings `(batch, projection_dim)`, projected, not normalised, in the base's dtype."""
         embeddings = self.base_model.vision_model.embeddings.patch_embedding
-        pixel_values = pixel_values.to(self.base_model.device, embeddings.weight.dtype)
+        pixel_values = pixel_values.to(self.device, embeddings.weight.dtype)
         return self.base_model.get_image_features(pixel_values=pixel_values).pooler_output
 
     @property
@@ -346,9 +369,9 @@ class CoOpModel(nn.Module):
         Raises:
             ValueError: no pictures, a bad `top_k`, missing class names, or a picture that can't be read (says which).
         """
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and (not _is_int(top_k) or top_k < 1):
             raise ValueError(f"`top_k` must be a positive whole number or None, got {top_k!r}.")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not _is_int(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
         names = self._active_prompts() and self.class_names
         transform = eval_transform(self.image_processor)
@@ -388,6 +411,8 @@ class CoOpModel(nn.Module):
             ValueError: a name that is taken or unfit, classes that don't fit, or a context of another shape.
         """
         self._check_new_name(adapter_name)
+        if config is not None and not isinstance(config, CoOpConfig):
+            raise TypeError(f"`config` must be a CoOpConfig, got {type(config).__name__}: {str(config)[:80]}.")
         config = replace(config) if config is not None else CoOpConfig()
         config = self._complete(config, config.class_names if class_names is None else class_names)
         num_classes = None if config.class_names is None else len(config.class_names)
@@ -403,7 +428,7 @@ class CoOpModel(nn.Module):
             )
         elif context.shape != expected:
             raise ValueError(f"the context has the shape {tuple(context.shape)}, its configuration says {expected}.")
-        adapter = _Adapter(config, context.detach().to(self.base_model.device, torch.float32, copy=True))
+        adapter = _Adapter(config, context.detach().to(self.device, torch.float32, copy=True))
         adapter.prompts = prompts
         self.adapters[adapter_name] = adapter
         self._set_trainable()
@@ -430,6 +455,14 @@ class CoOpModel(nn.Module):
         """
         self._check_new_name(adapter_name)
         config, context = read_adapter(name_or_path, **kwargs)
+        own, other = self.base_model.config._name_or_path, config.base_model_name_or_path
+        if own and other and own != other:
+            logger.warning(
+                "The adapter %s was learned on %s, and the base here is %s. On other weights its scores mean little.",
+                os.fspath(name_or_path),
+                other,
+                own,
+            )
         self.add_adapter(adapter_name, config, context=context)
         try:
             self._finish_loading(adapter_name, is_trainable, class_names)
@@ -538,7 +571,10 @@ class CoOpModel(nn.Module):
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
-        for name in [self._known(name) for name in selected_adapters or list(self.adapters)]:
+        if isinstance(selected_adapters, str):
+            raise ValueError(f"`selected_adapters` must be a list of names, got the string {selected_adapters!r}.")
+        selected = list(self.adapters) if selected_adapters is None else selected_adapters
+        for name in [self._known(name) for name in selected]:
             adapter = self.adapters[name]
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             write_adapter(folder, adapter.config, adapter.context)
@@ -632,6 +668,9 @@ class CoOpModel(nn.Module):
                     f"the base model {base_name!r} of the adapter {name!r} could not be loaded ({error}). If it lies "
                     "elsewhere now, pass `base_model=` with its folder or Hub id."
                 ) from error
+        if base_model is not None:  # saved again, the adapter names the base that it stands on
+            here = base.config._name_or_path or config.base_model_name_or_path
+            config = replace(config, base_model_name_or_path=here, revision=None)
         model = cls(base, config, None, processor, context=context, **options)
         model._finish_loading(adapter_name, is_trainable, class_names)
         return model
@@ -642,16 +681,25 @@ class CoOpModel(nn.Module):
         """Sets training mode. The base stays in evaluation mode: it is frozen, and must give the same embeddings."""
         self.training = mode
         self.adapters.train(mode)
+        if self.base_model.training:
+            self.base_model.eval()
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the contexts; nothing else has any."""
         self.adapters.zero_grad(set_to_none)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for adapter in self.adapters.values():  # casting there and back changes weights without a trace
+            for prompts in filter(None, (adapter.prompts, adapter.hand_prompts)):
+                prompts.forget()
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the base's embeddings are."""
-        return self.base_model.device
+        return self.base_model.text_model.embeddings.position_ids.device  # weights may be offloaded
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
         """What `gradient_checkpointing=True` asks for: computes the classes in chunks of 128 where no size was set."""

@@ -25,6 +25,7 @@ the base; attention itself is `scaled_dot_product_attention`, equal to every att
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
@@ -34,7 +35,7 @@ from .prompts import PromptLayout
 from .text_tower import prompt_embeddings
 
 
-__all__ = ["BLOCK_SIZE", "SharedPrefixPass"]
+__all__ = ["BLOCK_SIZE", "SharedPrefixPass", "class_parallel_features"]
 
 BLOCK_SIZE = 64  # tokens: large enough for efficient matrix products, small enough that masked-out scores cost little
 
@@ -211,7 +212,6 @@ class SharedPrefixPass:
         self.num_shared = 1 if class_specific else 1 + layout.num_shared_slots
         num_constant = layout.name_lengths if layout.class_token_position == "front" else [0] * layout.num_classes
         self.live_starts = [self.num_shared + n for n in num_constant]
-        self._weights = list(base_model.text_model.parameters())
         self._blocks: dict = {}
         self._constants: dict = {}
 
@@ -249,6 +249,19 @@ class SharedPrefixPass:
             else:
                 features.append(self._live_features(context, shared, chunk))
         return torch.cat(features)
+
+    def equal_shares(self, num_shares: int) -> list[int]:
+        """Bounds that cut the classes into runs, none empty, of about equally many live tokens."""
+        lengths = [len(row) - start for row, start in zip(self.layout.tokens, self.live_starts)]
+        total, bounds, seen = sum(lengths), [0], 0
+        for c, length in enumerate(lengths):
+            left = num_shares - len(bounds)
+            if left and c > bounds[-1]:
+                enough = seen + length / 2 >= total * len(bounds) / num_shares
+                if enough or len(lengths) - c == left:
+                    bounds.append(c)
+            seen += length
+        return [*bounds, len(lengths)]
 
     def _shared_keys_values(self, context):
         """Part 1: keys and values `(1, num_shared, heads, head_dim)` of the shared tokens, for each layer."""
@@ -289,19 +302,21 @@ class SharedPrefixPass:
         """Changes whenever the tower's weights are written to, moved or cast, or autocast is switched."""
         device = self._device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return (device, autocast, sum(w._version for w in self._weights), self._weights[0].dtype)
+        modules = (self.base_model.text_model, self.base_model.text_projection)
+        return (device, autocast, tuple((id(w), w._version, w.dtype) for m in modules for w in m.parameters()))
 
     def _constant(self, key, compute):
         """`compute()`, kept until the base's weights change."""
         state = self.weights_state()
         if key not in self._constants or self._constants[key][0] != state:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # training may need it too
                 self._constants[key] = (state, compute())
         return self._constants[key][1]
 
     def _get_blocks(self, classes: range) -> _Blocks:
         if classes not in self._blocks or self._blocks[classes].tokens.device != self._device:
-            self._blocks[classes] = self._make_blocks(classes).to(self._device)
+            with torch.inference_mode(False):
+                self._blocks[classes] = self._make_blocks(classes).to(self._device)
         return self._blocks[classes]
 
     def _make_blocks(self, classes: range) -> _Blocks:
@@ -346,3 +361,49 @@ class SharedPrefixPass:
             eos_places=eos_places,
             class_slots=class_slots,
         )
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenates the rows of all processes; each gets back the gradients of its own rows, summed over processes."""
+
+    @staticmethod
+    def forward(ctx, own, sizes):
+        ctx.sizes = sizes
+        parts = [own.new_empty(size, *own.shape[1:]) for size in [max(sizes)] * len(sizes)]
+        padded = torch.cat([own, own.new_zeros(max(sizes) - len(own), *own.shape[1:])])  # gathers want equal sizes
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.split(ctx.sizes)[dist.get_rank()], None
+
+
+def class_parallel_features(
+    shared_pass: SharedPrefixPass, context: torch.Tensor, chunk_size: int | None = None
+) -> torch.Tensor:
+    """Class embeddings, of which each process of the default group computes its share; every process gets them all.
+
+    All processes must call this together, with the same context. The gradient that a process gets holds the share of
+    its classes in the sum of all processes' losses; the mean over processes, which `DistributedDataParallel` takes,
+    is the gradient of the mean loss.
+
+    Args:
+        shared_pass (`SharedPrefixPass`): the pass.
+        context (`torch.Tensor`): `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`.
+        chunk_size (`int`, *optional*): see `SharedPrefixPass.__call__`.
+
+    Returns:
+        `torch.Tensor` `(num_classes, projection_dim)`.
+    """
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    num_classes = shared_pass.layout.num_classes
+    if num_processes == 1 or num_classes < num_processes:
+        return shared_pass(context, chunk_size)
+    bounds = shared_pass.equal_shares(num_processes)
+    sizes = [stop - start for start, stop in zip(bounds, bounds[1:])]
+    rank = dist.get_rank()
+    own = shared_pass(context, chunk_size, range(bounds[rank], bounds[rank + 1]))
+    return _Gather.apply(own, sizes)

@@ -124,6 +124,7 @@ class CoOpTrainer(Trainer):
             compute_metrics=compute_metrics or make_compute_metrics(model.class_names),
             **kwargs,
         )
+        model.text_parallel = args.world_size > 1 and model.text_pass == "shared"
         self.add_callback(_EpochCallback(self))
 
     # ------------------------------------------------------------------ data

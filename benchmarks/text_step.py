@@ -1,0 +1,126 @@
+"""The text step (all class embeddings, forward and backward): shared pass against the plain full-length pass.
+
+    python benchmarks/text_step.py                         100 classes, all variants
+    python benchmarks/text_step.py --classes 10 100 1000   (the plain pass of 1,000 classes needs more than 24 GiB)
+    python benchmarks/text_step.py --sweep                 cost against classes, context length and name length
+
+Each measurement runs in a process of its own, so that its peak memory is its own. Plain and shared pass are timed in
+turn within one run, with the machine's matrix product before each, and the ratio is of medians.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import torch
+from common import load_tokenizer, make_base, make_names, matmul_rate, peak_memory_bytes, report, timed
+
+from coop_hf.prompts import make_layout
+from coop_hf.shared_prefix import SharedPrefixPass
+from coop_hf.text_tower import plain_text_features
+
+
+VARIANTS = [("end", False), ("middle", False), ("front", False), ("end", True)]
+
+
+def layer_flops(tokens: int, base) -> float:
+    """Forward and backward through the linear layers (the weights are frozen: backward costs what forward does)."""
+    text = base.config.text_config
+    per_token = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.intermediate_size
+    return 2 * 2 * tokens * per_token * text.num_hidden_layers
+
+
+def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain, repeats, size) -> dict:
+    base = make_base(vision_layers=1, size=size)
+    layout = make_layout(load_tokenizer(), make_names(classes, name_tokens), n_ctx, position)
+    dim = base.config.text_config.hidden_size
+    shape = (*((classes,) if class_specific else ()), n_ctx, dim)
+    context = (torch.randn(shape) * 0.02).requires_grad_()
+    weights = torch.randn(classes, base.config.projection_dim)
+    shared = SharedPrefixPass(base, layout, class_specific)
+
+    def step(features):
+        context.grad = None
+        (features * weights).sum().backward()
+
+    before = peak_memory_bytes()
+    rate = matmul_rate()
+    fast = timed(lambda: step(shared(context, chunk)), repeats)
+    rate = max(rate, matmul_rate())
+    distinct = sum(len(row) for row in layout.tokens) - (classes - 1) * shared.num_shared
+    if position == "front":
+        distinct -= sum(layout.name_lengths)
+    result = {
+        "position": position,
+        "class_specific": class_specific,
+        "classes": classes,
+        "n_ctx": n_ctx,
+        "mean_prompt_tokens": sum(map(len, layout.tokens)) / classes,
+        "text_chunk_size": chunk,
+        "shared": fast,
+        "distinct_tokens": distinct,
+        "matmul_gflops": rate / 1e9,
+        "share_of_matmul_rate": layer_flops(distinct, base) / fast["median_s"] / rate,
+        "memory_before_bytes": before,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if plain:
+        own_gradient = context.grad.clone()
+        with torch.no_grad():
+            features, plain_features = shared(context), plain_text_features(base, layout, context, 77)
+        slow = timed(lambda: step(plain_text_features(base, layout, context, 77)), max(1, repeats // 3), warmup=0)
+        result |= {
+            "plain_77": slow,
+            "speedup": slow["median_s"] / fast["median_s"],
+            "feature_error": ((features - plain_features).abs().max() / plain_features.abs().max()).item(),
+            "gradient_error": ((own_gradient - context.grad).abs().max() / context.grad.abs().max()).item(),
+        }
+    return result
+
+
+def in_own_process(given: dict) -> dict:
+    command = [sys.executable, __file__, "--one", json.dumps(given)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        return {**given, "failed": process.stderr.strip().splitlines()[-1:] or f"exit code {process.returncode}"}
+    return json.loads(process.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, nargs="+", default=[100])
+    parser.add_argument("--n_ctx", type=int, default=16)
+    parser.add_argument("--name_tokens", type=float, default=2.2)
+    parser.add_argument("--text_chunk_size", type=int)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no_plain", action="store_true")
+    parser.add_argument("--max_plain_classes", type=int, default=200, help="above it the plain pass is left out")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--size", default="b32", choices=["b32", "tiny"])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        json.dump(measure(**json.loads(args.one)), sys.stdout)
+        return
+    common = {"n_ctx": args.n_ctx, "name_tokens": args.name_tokens, "chunk": args.text_chunk_size}
+    common |= {"repeats": args.repeats, "size": args.size}
+    todo = []
+    if args.sweep:
+        common["plain"] = False
+        end = {"position": "end", "class_specific": False}
+        todo += [{**common, **end, "classes": classes} for classes in (10, 30, 100, 300, 1000, 3000)]
+        todo += [{**common, **end, "classes": 21841, "chunk": 1024, "repeats": 1}]
+        todo += [{**common, **end, "classes": 100, "n_ctx": n_ctx} for n_ctx in (1, 4, 8, 16, 32)]
+        todo += [{**common, **end, "classes": 100, "name_tokens": tokens} for tokens in (1.0, 2.0, 4.0, 8.0)]
+    else:
+        for classes in args.classes:
+            plain = not args.no_plain and classes <= args.max_plain_classes
+            for position, class_specific in VARIANTS:
+                given = {"position": position, "class_specific": class_specific, "classes": classes, "plain": plain}
+                todo.append({**common, **given})
+    report("text_step", [in_own_process(given) for given in todo])
+
+
+if __name__ == "__main__":
+    main()

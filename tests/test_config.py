@@ -1,0 +1,164 @@
+import dataclasses
+import json
+import warnings
+
+import pytest
+
+from coop_hf import CoOpConfig, __version__
+from coop_hf.config import ADAPTER_CONFIG_NAME, FORMAT_VERSION, check_class_names, clean_class_name
+
+
+FULL = {
+    "n_ctx": 4,
+    "class_token_position": "middle",
+    "class_specific": True,
+    "ctx_init": "a photo of a",
+    "class_names": ["cat", "sea_lion", "crane (bird)", "猫"],
+    "template": "a blurry {}.",
+    "base_model_name_or_path": "openai/clip-vit-base-patch32",
+    "revision": "main",
+}
+
+
+def test_defaults():
+    config = CoOpConfig()
+    assert config.to_dict() == {
+        "n_ctx": 16,
+        "class_token_position": "end",
+        "class_specific": False,
+        "ctx_init": None,
+        "class_names": None,
+        "template": "a photo of a {}.",
+        "base_model_name_or_path": None,
+        "revision": None,
+        "format_version": 1,
+        "coop_hf_version": __version__,
+    }
+    assert FORMAT_VERSION == 1
+    assert CoOpConfig(ctx_init="a photo of a").n_ctx is None, "only a tokenizer can count words"
+
+
+def test_round_trip(tmp_path):
+    config = CoOpConfig(**FULL)
+    config.save_pretrained(tmp_path / "new" / "folder")
+    text = (tmp_path / "new" / "folder" / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")
+    assert text == json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    assert "猫" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CoOpConfig.from_pretrained(tmp_path / "new" / "folder") == config
+        assert CoOpConfig.from_pretrained(str(tmp_path / "new"), subfolder="folder") == config
+        assert CoOpConfig.from_dict(config.to_dict()) == config
+        assert dataclasses.replace(config) == config
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == [ADAPTER_CONFIG_NAME]
+
+
+def test_class_names_are_copied():
+    names = ["cat", "dog"]
+    config = CoOpConfig(class_names=names)
+    names.append("cow")
+    assert config.class_names == ["cat", "dog"]
+    assert CoOpConfig(class_names=("cat", "dog")).class_names == ["cat", "dog"], "a list, as JSON gives it back"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_ctx": 0}, "`n_ctx` must be a whole number from 1 to .* got 0"),
+        ({"n_ctx": -3}, "got -3"),
+        ({"n_ctx": 4.0}, "got 4.0"),
+        ({"n_ctx": True}, "got True"),
+        ({"n_ctx": "4"}, "got '4'"),
+        ({"n_ctx": float("nan")}, "got nan"),
+        ({"n_ctx": 10**9}, "got 1000000000"),
+        ({"class_token_position": "back"}, "one of 'end', 'middle', 'front', got 'back'"),
+        ({"class_token_position": ["end"]}, r"got \['end'\]"),
+        ({"class_token_position": None}, "got None"),
+        ({"class_specific": 1}, "True or False, got 1"),
+        ({"class_specific": None}, "True or False, got None"),
+        ({"ctx_init": ""}, 'Pass words such as "a photo of a"'),
+        ({"ctx_init": 4}, "`ctx_init` must be a non-empty string or None, got 4"),
+        ({"ctx_init": "a\x00b"}, "control characters"),
+        ({"ctx_init": "a" * 10_001}, "10,001 characters"),
+        ({"class_names": []}, "at least one"),
+        ({"class_names": "cat"}, "single string"),
+        ({"class_names": 5}, "got int"),
+        ({"class_names": ["a", 5]}, "class name 1 must be a string, got int: '5'"),
+        ({"class_names": [["a"]]}, "class name 0 must be a string, got list"),
+        ({"class_names": ["a", " a "]}, "same as class name 0"),
+        ({"class_names": ["a", "b\x1b[31m"]}, r"class_names\[1\]` must not contain control characters"),
+        ({"class_names": ["a" * 10_001]}, "10,001 characters"),
+        ({"template": "a photo"}, "exactly once"),
+        ({"template": "{} {}"}, "exactly once"),
+        ({"template": None}, "`template` must be a non-empty string, got None"),
+        ({"base_model_name_or_path": 3}, "got 3"),
+        ({"base_model_name_or_path": ""}, "non-empty"),
+        ({"revision": 1}, "got 1"),
+        ({"coop_hf_version": None}, "got None"),
+        ({"format_version": "1"}, "positive whole number, got '1'"),
+        ({"format_version": 0}, "got 0"),
+        ({"format_version": True}, "got True"),
+        ({"format_version": 2}, "format version 2, and coop_hf .* reads up to 1: upgrade coop_hf"),
+    ],
+)
+def test_bad_values(values, message, tmp_path):
+    """The same errors in Python and from a file."""
+    with pytest.raises(ValueError, match=message):
+        CoOpConfig(**values)
+    path = tmp_path / ADAPTER_CONFIG_NAME
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        CoOpConfig.from_pretrained(tmp_path)
+
+
+def test_unknown_keys_warn_and_are_dropped(tmp_path):
+    (tmp_path / ADAPTER_CONFIG_NAME).write_text(json.dumps({"n_ctx": 4, "peft_type": "LORA", "new": [1]}))
+    with pytest.warns(UserWarning, match="ignored: new, peft_type"):
+        assert CoOpConfig.from_pretrained(tmp_path) == CoOpConfig(n_ctx=4)
+    with pytest.warns(UserWarning, match="and 80 more"):
+        CoOpConfig.from_dict({f"key{i}": i for i in range(100)})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a readable adapter configuration"),
+        (b'{"n_ctx": 4', "not a readable adapter configuration"),
+        (b"\xff\xfe{}", "not a readable adapter configuration"),
+        (b"[" * 200_000, "nests too deeply"),
+        (b'{"a":' * 200_000, "nests too deeply"),
+        (b'{"n_ctx": ' + b"9" * 10_000 + b"}", "not a readable adapter configuration"),
+        (b"[1, 2]", "must be a JSON object, got list"),
+        (b"null", "must be a JSON object, got NoneType"),
+    ],
+)
+def test_damaged_files(content, message, tmp_path):
+    (tmp_path / ADAPTER_CONFIG_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        CoOpConfig.from_pretrained(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    with open(tmp_path / ADAPTER_CONFIG_NAME, "wb") as file:
+        file.truncate(64 * 2**20 + 1)  # sparse: takes no disk
+    with pytest.raises(ValueError, match="67,108,865 bytes"):
+        CoOpConfig.from_pretrained(tmp_path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json in"):
+        CoOpConfig.from_pretrained(tmp_path)
+
+
+def test_clean_class_name():
+    assert clean_class_name("  sea__lion \t x\n") == "sea lion x"
+    assert check_class_names(iter(["a", "b"])) == ["a", "b"]
+    assert check_class_names(["sea_lion"]) == ["sea_lion"], "names are returned as they were given"
+
+
+@pytest.mark.parametrize("value", ["\ud800", "cat \udfff"])
+def test_text_that_no_file_can_hold(value):
+    """A lone surrogate can't be written as UTF-8: said at once, not when the trained adapter is saved."""
+    with pytest.raises(ValueError):
+        CoOpConfig(class_names=["dog", value])
