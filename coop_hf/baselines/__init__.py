@@ -1,0 +1,36 @@
+"""What CoOp is compared with: zero-shot CLIP, prompt ensembles, CuPL, the linear probe and AutoPrompt."""
+
+from .autoprompt import DiscretePrompt, autoprompt, project_context, prompt_vocabulary
+from .cupl import CUPL_QUESTIONS, cupl_class_embeddings, generate_prompts, read_prompts, write_prompts
+from .linear_probe import LinearProbe, fit_linear_probe
+from .zero_shot import (
+    HAND_TEMPLATES,
+    IMAGENET_7_TEMPLATES,
+    IMAGENET_80_TEMPLATES,
+    class_embeddings,
+    encode_texts,
+    mean_text_embeddings,
+    zero_shot_logits,
+)
+
+
+__all__ = [
+    "CUPL_QUESTIONS",
+    "HAND_TEMPLATES",
+    "IMAGENET_7_TEMPLATES",
+    "IMAGENET_80_TEMPLATES",
+    "DiscretePrompt",
+    "LinearProbe",
+    "autoprompt",
+    "class_embeddings",
+    "cupl_class_embeddings",
+    "encode_texts",
+    "fit_linear_probe",
+    "generate_prompts",
+    "mean_text_embeddings",
+    "project_context",
+    "prompt_vocabulary",
+    "read_prompts",
+    "write_prompts",
+    "zero_shot_logits",
+]

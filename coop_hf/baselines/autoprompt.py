@@ -1,0 +1,368 @@
+"""AutoPrompt for CLIP: a prompt of M real words, found by gradient-guided search (https://arxiv.org/abs/2010.15980).
+
+The context of CoOp is restricted to rows of the token embedding. In each step one slot m is chosen; with e(w) the
+embedding of word w and L the cross-entropy on the training pictures, the k words with the smallest
+
+    e(w) · ∂L/∂v_m        (first order: how L changes if v_m becomes e(w); the paper's equation 2)
+
+are candidates; L is computed exactly for each, and the best one stays if it is better than the word in the slot.
+The result is a text that works in any CLIP with the same tokenizer, pasted before the class name.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate.utils import align_module_device
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..config import CoOpConfig, check_class_names, clean_class_name
+from ..interpret import nearest_rows
+from ..modeling import CoOpModel
+from ..prompts import encode_words, make_layout, special_token_ids
+from ..shared_prefix import SharedPrefixPass
+from ..text_tower import plain_text_features
+
+
+__all__ = ["DiscretePrompt", "autoprompt", "project_context", "prompt_vocabulary"]
+
+_CLASSES_AT_A_TIME = 1024  # prompts in one text pass of candidates; bounds memory with many classes
+
+
+@dataclass
+class DiscretePrompt:
+    """A prompt made of vocabulary entries.
+
+    Args:
+        text (`str`): the words, with spaces between.
+        template (`str`): the whole prompt, with `{}` for the class name: paste it into any CLIP.
+        token_ids (`list[int]`): M token ids; the tokenizer turns `text` back into them.
+        class_token_position (`str`): `"end"`, `"middle"` or `"front"`.
+        loss (`float`): mean cross-entropy on the pictures given.
+        accuracy (`float`): accuracy on them, a fraction.
+        learned_accuracy (`float`, *optional*): for a projected context, the accuracy of its learned vectors.
+        distances (`list[float]`, *optional*): for a projected context, how far each word is from its vector.
+        history (`list[dict]`, *optional*): of a search: every step as `{"step", "slot", "token", "loss", "accepted"}`.
+        seed (`int`, *optional*): of the search.
+    """
+
+    text: str
+    template: str
+    token_ids: list[int]
+    class_token_position: str
+    loss: float
+    accuracy: float
+    learned_accuracy: float | None = None
+    distances: list[float] | None = None
+    history: list[dict] = field(default_factory=list)
+    seed: int | None = None
+
+    def to_config(self, class_names: list[str] | None = None) -> CoOpConfig:
+        """A `CoOpConfig` whose context starts as these words: `model.add_adapter("words", prompt.to_config())`."""
+        return CoOpConfig(
+            n_ctx=len(self.token_ids),
+            class_token_position=self.class_token_position,
+            ctx_init=self.text,
+            template=self.template,
+            class_names=class_names,
+        )
+
+
+def prompt_vocabulary(
+    tokenizer, class_names: list[str] | None = None, ascii_words: bool = True, min_length: int = 1
+) -> list[int]:
+    """Token ids that may stand in a discrete prompt: what a person can type and the tokenizer turns back into them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the base model's tokenizer.
+        class_names (`list[str]`, *optional*): their words are left out, so that no class is named in every prompt.
+        ascii_words (`bool`, *optional*, defaults to `True`): only words of ASCII letters; `False` also takes digits,
+            punctuation, emoji and other scripts.
+        min_length (`int`, *optional*, defaults to 1): shortest word, in characters.
+
+    Returns:
+        `list[int]`, ascending. Special tokens and pieces that only stand inside words never are among them.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in range(len(tokenizer)) if i not in special]
+    words = [tokenizer.decode([i]).strip() for i in ids]
+    banned = {word.casefold() for name in class_names or [] for word in clean_class_name(name).split()}
+    kept = [
+        (i, word)
+        for i, word in zip(ids, words)
+        if len(word) >= min_length
+        and word.casefold() not in banned
+        and "\ufffd" not in word
+        and "{" not in word
+        and "}" not in word
+        and (not ascii_words or (word.isascii() and word.isalpha()))
+    ]
+    encoded = tokenizer([word for _, word in kept], add_special_tokens=False)["input_ids"] if kept else []
+    return [i for (i, _), own in zip(kept, encoded) if list(own) == [i]]
+
+
+def _make_template(words: list[str], position: str) -> str:
+    first = {"end": len(words), "middle": len(words) // 2, "front": 0}[position]
+    return " ".join([*words[:first], "{}", *words[first:]]) + "."
+
+
+def _as_text(tokenizer, token_ids: list[int], layout, class_names: list[str]) -> tuple[str, str] | None:
+    """(text, template) of the ids, or `None` where a full prompt would not be tokenised back into them."""
+    words = [tokenizer.decode([i]).strip() for i in token_ids]
+    template = _make_template(words, layout.class_token_position)
+    if template.count("{}") != 1 or not all(words):
+        return None
+    texts = [template.replace("{}", clean_class_name(name)) for name in class_names]
+    encoded = tokenizer([" ".join(words), *texts], add_special_tokens=False)["input_ids"]
+    expected = [[token_ids[-1 - t] if t < 0 else t for t in row[1:-1]] for row in layout.tokens]
+    return (" ".join(words), template) if [list(ids) for ids in encoded] == [list(token_ids), *expected] else None
+
+
+def _check_examples(model, image_embeds, labels, class_names):
+    image_embeds = torch.as_tensor(image_embeds).detach()
+    labels = torch.as_tensor(labels).long()
+    dim = model.base_model.config.projection_dim
+    if image_embeds.ndim != 2 or image_embeds.shape[1] != dim or labels.shape != image_embeds.shape[:1]:
+        raise ValueError(
+            f"expected `image_embeds` (num_examples, {dim}) from `model.get_image_features` and as many labels, got "
+            f"{tuple(image_embeds.shape)} and {tuple(labels.shape)}."
+        )
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
+        raise ValueError(f"labels must be class indices from 0 to {len(class_names) - 1}, and there must be some.")
+    device = model.base_model.text_model.embeddings.position_ids.device
+    return F.normalize(image_embeds.float(), dim=-1).to(device), labels.to(device)
+
+
+class _Search:
+    """Losses of discrete prompts on one set of pictures. Makes a `CoOpModel` of its own on the given one's base."""
+
+    def __init__(self, model, class_names, position, num_tokens, image_embeds, labels):
+        self.class_names = check_class_names(class_names or model.class_names or [])
+        self.image_embeds, self.labels = _check_examples(model, image_embeds, labels, self.class_names)
+        self.tokenizer, base = model.tokenizer, model.base_model
+        config = CoOpConfig(n_ctx=num_tokens, class_token_position=position)
+        start = torch.zeros(num_tokens, base.text_model.embeddings.token_embedding.embedding_dim)
+        self.model = CoOpModel(
+            base, config, self.class_names, model.processor, text_pass=model.text_pass, context=start
+        )
+        positions = base.config.text_config.max_position_embeddings
+        self.layout = make_layout(self.tokenizer, self.class_names, num_tokens, position, positions)
+        with align_module_device(base.text_model.embeddings.token_embedding):
+            self.table = base.text_model.embeddings.token_embedding.weight.detach().float()
+        self._passes: dict[int, SharedPrefixPass] = {}
+
+    def rows(self, token_ids) -> torch.Tensor:
+        return self.table[torch.as_tensor(token_ids, device=self.table.device)]
+
+    def gradient(self, token_ids: list[int], examples) -> tuple[float, torch.Tensor]:
+        """The loss, and its gradient `(num_tokens, dim)` with respect to the context."""
+        context = self.model.context
+        context.data = self.rows(token_ids).to(context.device)
+        context.grad = None
+        loss = self.model(image_embeds=self.image_embeds[examples], labels=self.labels[examples]).loss
+        loss.backward()
+        return loss.item(), context.grad.detach()
+
+    @torch.no_grad()
+    def losses(self, candidates: list[list[int]], examples, batch_size: int) -> torch.Tensor:
+        """The exact loss of each candidate prompt, `batch_size` of them in one text pass."""
+        scale, labels, images = self.model.logit_scale, self.labels[examples], self.image_embeds[examples]
+        losses = []
+        for start in range(0, len(candidates), batch_size):
+            batch = candidates[start : start + batch_size]
+            features = F.normalize(self._features(batch).float(), dim=-1)
+            logits = scale * torch.einsum("nd,kcd->knc", images, features)
+            losses.append(F.cross_entropy(logits.transpose(1, 2), labels.expand(len(batch), -1), reduction="none"))
+        return torch.cat(losses).mean(dim=1)
+
+    def _features(self, candidates) -> torch.Tensor:
+        """Class embeddings `(candidates, num_classes, projection_dim)`."""
+        number, num_classes, base = len(candidates), self.layout.num_classes, self.model.base_model
+        contexts = self.rows(candidates)
+        if number == 1 and self.model.text_pass == "shared":
+            if 1 not in self._passes:
+                self._passes[1] = SharedPrefixPass(base, self.layout)
+            return self._passes[1](contexts[0], _CLASSES_AT_A_TIME)[None]
+        # The prompts of all candidates are one long list of classes, each with the context of its candidate.
+        layout = replace(
+            self.layout, tokens=self.layout.tokens * number, name_lengths=self.layout.name_lengths * number
+        )
+        contexts = contexts.repeat_interleave(num_classes, dim=0)
+        if self.model.text_pass == "plain":
+            return plain_text_features(base, layout, contexts).unflatten(0, (number, num_classes))
+        if number not in self._passes:
+            self._passes[number] = SharedPrefixPass(base, layout, class_specific=True)
+        return self._passes[number](contexts, _CLASSES_AT_A_TIME).unflatten(0, (number, num_classes))
+
+    @torch.no_grad()
+    def score(self, context: torch.Tensor) -> tuple[float, float]:
+        """(loss, accuracy) of any context on all pictures."""
+        self.model.context.data = context.detach().float().to(self.model.context.device)
+        output = self.model(image_embeds=self.image_embeds, labels=self.labels)
+        return output.loss.item(), (output.logits.argmax(dim=-1) == self.labels).float().mean().item()
+
+    def result(self, token_ids: list[int], **more) -> DiscretePrompt:
+        text = _as_text(self.tokenizer, token_ids, self.layout, self.class_names)
+        if text is None:
+            words = " ".join(self.tokenizer.decode([i]).strip() for i in token_ids)
+            raise ValueError(
+                f"the words {words!r} are not tokenised back into the same ids together with the class names; use a "
+                "vocabulary from `prompt_vocabulary`."
+            )
+        loss, accuracy = self.score(self.rows(token_ids))
+        return DiscretePrompt(*text, list(token_ids), self.layout.class_token_position, loss, accuracy, **more)
+
+
+def _check_count(name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+
+
+def autoprompt(
+    model: CoOpModel,
+    image_embeds: torch.Tensor,
+    labels: torch.Tensor,
+    class_names: list[str] | None = None,
+    num_tokens: int = 4,
+    class_token_position: str = "end",
+    num_steps: int = 50,
+    top_k: int = 32,
+    batch_size: int | None = None,
+    candidate_batch_size: int | None = None,
+    vocabulary: list[int] | None = None,
+    init: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> DiscretePrompt:
+    """Finds a prompt of `num_tokens` words for the pictures given.
+
+    Args:
+        model (`CoOpModel`): gives base, tokenizer and classes; it is not changed.
+        image_embeds (`torch.Tensor`): `(num_examples, projection_dim)`, cached image features, normalised or not.
+        labels (`torch.Tensor`): `(num_examples,)`, class indices.
+        class_names (`list[str]`, *optional*, defaults to the model's): the classes.
+        num_tokens (`int`, *optional*, defaults to 4): number of words M.
+        class_token_position (`str`, *optional*, defaults to `"end"`): where the class name stands.
+        num_steps (`int`, *optional*, defaults to 50): steps; each looks at one slot, all in turn, in random order.
+        top_k (`int`, *optional*, defaults to 32): candidates of a step. With all pictures as batch, a slot that comes
+            up again before the prompt has changed gets the next `top_k`, and the search ends once no single word of
+            the vocabulary makes the prompt better.
+        batch_size (`int`, *optional*, defaults to all): pictures of a step, drawn anew each time. The text pass costs
+            the same for any number.
+        candidate_batch_size (`int`, *optional*, defaults to 1 on the CPU, else 8): candidates in one text pass; the
+            losses are the same. 1 computes what the classes of a candidate share only once, which is the least work;
+            more fill a GPU better.
+        vocabulary (`list[int]`, *optional*, defaults to `prompt_vocabulary(tokenizer, class_names)`): allowed ids.
+        init (`str`, *optional*): words to start from, `num_tokens` tokens; random words by default.
+        seed (`int`, *optional*, defaults to 0): of the start, the order of slots and the batches.
+        progress (`bool`, *optional*, defaults to `False`): show a progress bar.
+
+    Returns:
+        [`DiscretePrompt`]. Its loss and accuracy are those on `image_embeds`: measure it on other pictures.
+
+    Raises:
+        ValueError: shapes or labels that don't fit, an empty vocabulary, or a start that is no `num_tokens` tokens.
+    """
+    if candidate_batch_size is None:
+        candidate_batch_size = 1 if model.device.type == "cpu" else 8
+    for name, value in (
+        ("num_tokens", num_tokens),
+        ("num_steps", num_steps),
+        ("top_k", top_k),
+        ("candidate_batch_size", candidate_batch_size),
+    ):
+        _check_count(name, value)
+    if batch_size is not None:
+        _check_count("batch_size", batch_size)
+    search = _Search(model, class_names, class_token_position, num_tokens, image_embeds, labels)
+    if vocabulary is None:
+        vocabulary = prompt_vocabulary(search.tokenizer, search.class_names)
+    allowed = torch.tensor(sorted(set(vocabulary)), dtype=torch.long)
+    if len(allowed) == 0 or allowed[0] < 0 or allowed[-1] >= len(search.table):
+        raise ValueError(f"`vocabulary` must hold token ids from 0 to {len(search.table) - 1}, and at least one.")
+    special_ids = {*search.tokenizer.all_special_ids, *special_token_ids(search.tokenizer)}
+    if not special_ids.isdisjoint(allowed.tolist()):
+        raise ValueError("`vocabulary` must not hold the tokenizer's special tokens.")
+    generator = torch.Generator().manual_seed(seed)
+    if init is None:
+        current = allowed[torch.randint(len(allowed), (num_tokens,), generator=generator)].tolist()
+    else:
+        current = list(encode_words(search.tokenizer, [init])[0])
+        if len(current) != num_tokens:
+            raise ValueError(f"init={init!r} has {len(current)} tokens, and num_tokens is {num_tokens}.")
+    number = len(search.labels)
+    full = batch_size is None or batch_size >= number
+    examples, history, order = slice(None), [], []
+    looked_at = [0] * num_tokens  # how many candidates of each slot this very prompt has been compared with
+    allowed_rows = search.rows(allowed)
+    for step in tqdm(range(num_steps), desc="AutoPrompt", disable=not progress):
+        if not order:
+            order = torch.randperm(num_tokens, generator=generator).tolist()
+        slot = order.pop()
+        if not full:
+            examples = torch.randperm(number, generator=generator)[:batch_size].to(search.labels.device)
+        loss, gradient = search.gradient(current, examples)
+        change = allowed_rows @ gradient[slot].to(allowed_rows.device)
+        best_first = [i for i in allowed[change.cpu().sort(stable=True).indices].tolist() if i != current[slot]]
+        best_first = best_first[looked_at[slot] : looked_at[slot] + top_k]
+        candidates = [[*current[:slot], i, *current[slot + 1 :]] for i in best_first]
+        losses = search.losses(candidates, examples, candidate_batch_size).cpu() if candidates else torch.empty(0)
+        accepted = False
+        for index in losses.sort(stable=True).indices.tolist():
+            if losses[index] >= loss - 1e-6 * max(loss, 1):  # better by more than rounding
+                break
+            if _as_text(search.tokenizer, candidates[index], search.layout, search.class_names) is not None:
+                current, loss, accepted = candidates[index], losses[index].item(), True
+                break
+        token = search.tokenizer.decode([current[slot]]).strip()
+        history.append({"step": step, "slot": slot, "token": token, "loss": loss, "accepted": accepted})
+        if full and accepted:
+            looked_at = [0] * num_tokens
+        elif full:
+            looked_at[slot] += top_k
+            if min(looked_at) >= len(allowed):
+                break
+    return search.result(current, history=history, seed=seed)
+
+
+def project_context(
+    model: CoOpModel,
+    image_embeds: torch.Tensor,
+    labels: torch.Tensor,
+    metric: str = "euclidean",
+    vocabulary: list[int] | None = None,
+    adapter_name: str | None = None,
+) -> DiscretePrompt:
+    """Replaces each vector of a learned context by its nearest word, and measures what is left of the accuracy.
+
+    Args:
+        model (`CoOpModel`): with a learned, unified context; it is not changed.
+        image_embeds (`torch.Tensor`): `(num_examples, projection_dim)`, image features to measure on.
+        labels (`torch.Tensor`): `(num_examples,)`, class indices.
+        metric (`str`, *optional*, defaults to `"euclidean"`): or `"cosine"`.
+        vocabulary (`list[int]`, *optional*, defaults to `prompt_vocabulary(tokenizer, class_names)`): allowed ids.
+        adapter_name (`str`, *optional*, defaults to the active adapter): which adapter.
+
+    Returns:
+        [`DiscretePrompt`], with `accuracy` of the words, `learned_accuracy` of the vectors, and `distances`.
+
+    Raises:
+        ValueError: no such adapter, a class-specific context, or shapes and labels that don't fit.
+    """
+    name = model.active_adapter if adapter_name is None else adapter_name
+    if name not in model.adapters:
+        raise ValueError(f"there is no adapter named {name!r}; this model has {', '.join(map(repr, model.adapters))}.")
+    config, context = model.adapters[name].config, model.adapters[name].context.detach()
+    if config.class_specific:
+        raise ValueError(
+            "a class-specific context has other words for each class and makes no common prompt; see what it says "
+            "with `coop_hf.interpret.nearest_tokens`, or learn a unified one."
+        )
+    search = _Search(model, config.class_names, config.class_token_position, config.n_ctx, image_embeds, labels)
+    if vocabulary is None:
+        vocabulary = prompt_vocabulary(search.tokenizer, search.class_names)
+    allowed = torch.tensor(sorted(set(vocabulary)), dtype=torch.long)
+    distances, places = nearest_rows(context, search.rows(allowed), top_k=1, metric=metric)
+    learned_accuracy = search.score(context)[1]
+    token_ids = allowed[places[:, 0].cpu()].tolist()
+    return search.result(token_ids, learned_accuracy=learned_accuracy, distances=distances[:, 0].tolist())

@@ -1,0 +1,249 @@
+"""Zero-shot CLIP and prompt ensembling: class embeddings from hand-written templates, nothing learned.
+
+For class c with the texts t of its templates and the text tower g,
+
+    w_c = normalise( mean over t of normalise(g(t)) ),    logits = exp(logit_scale) · cos(image, w_c)
+
+as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4); one template makes it plain zero-shot CLIP.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers import CLIPModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from ..config import check_class_names
+from ..prompts import PromptLayout, encode_words, fill_template, special_token_ids, tokenize_texts
+from ..shared_prefix import SharedPrefixPass
+from ..text_tower import check_base_model, plain_text_features
+
+
+__all__ = [
+    "HAND_TEMPLATES",
+    "IMAGENET_7_TEMPLATES",
+    "IMAGENET_80_TEMPLATES",
+    "class_embeddings",
+    "encode_texts",
+    "mean_text_embeddings",
+    "zero_shot_logits",
+]
+
+# CoOp's hand-written template of each data set, under the names that its configuration files use.
+HAND_TEMPLATES = {
+    "Caltech101": "a photo of a {}.",
+    "DescribableTextures": "{} texture.",
+    "EuroSAT": "a centered satellite photo of {}.",
+    "FGVCAircraft": "a photo of a {}, a type of aircraft.",
+    "Food101": "a photo of {}, a type of food.",
+    "ImageNet": "a photo of a {}.",
+    "ImageNetA": "a photo of a {}.",
+    "ImageNetR": "a photo of a {}.",
+    "ImageNetSketch": "a photo of a {}.",
+    "ImageNetV2": "a photo of a {}.",
+    "OxfordFlowers": "a photo of a {}, a type of flower.",
+    "OxfordPets": "a photo of a {}, a type of pet.",
+    "StanfordCars": "a photo of a {}.",
+    "SUN397": "a photo of a {}.",
+    "UCF101": "a photo of a person doing {}.",
+}
+
+# CLIP's subset of seven, found by forward selection over the eighty for the largest models.
+IMAGENET_7_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+# CLIP's eighty ImageNet templates, by the article that stands before the name ("itap": I took a picture).
+_WITH_A = (
+    "a bad photo of a|a sculpture of a|a rendering of a|graffiti of a|a tattoo of a|a photo of a hard to see|"
+    "a bright photo of a|a photo of a clean|a photo of a dirty|a drawing of a|a close-up photo of a|a painting of a|"
+    "a cropped photo of a|a plastic|a jpeg corrupted photo of a|a doodle of a|a photo of a|a sketch of a|a origami|"
+    "a low resolution photo of a|a photo of a large|a rendition of a|a photo of a nice|a photo of a weird|"
+    "a blurry photo of a|a cartoon|art of a|a embroidered|a pixelated photo of a|a good photo of a|a plushie|"
+    "a black and white photo of a|a dark photo of a|itap of a|a toy|a photo of a cool|a photo of a small"
+).split("|")
+_WITH_THE = (
+    "a photo of the hard to see|a low resolution photo of the|a bad photo of the|a cropped photo of the|"
+    "the embroidered|a dark photo of the|the plastic|a photo of the cool|a black and white photo of the|"
+    "a painting of the|a pixelated photo of the|a sculpture of the|a bright photo of the|a photo of the dirty|"
+    "a blurry photo of the|a photo of the|a good photo of the|a rendering of the|a close-up photo of the|the origami|"
+    "a doodle of the|the toy|a rendition of the|a photo of the clean|a sketch of the|itap of the|"
+    "a jpeg corrupted photo of the|a photo of the nice|a photo of the small|a photo of the weird|the cartoon|"
+    "art of the|a drawing of the|a photo of the large|the plushie|graffiti of the|a tattoo of the"
+).split("|")
+_WITH_OTHERS = "a photo of many|a photo of my|a photo of one|itap of my".split("|")
+IMAGENET_80_TEMPLATES = (
+    *(f"{words} {{}}." for words in (*_WITH_A, *_WITH_THE, *_WITH_OTHERS)),
+    "a {} in a video game.",
+    "the {} in a video game.",
+)
+
+
+def get_base(model) -> CLIPModel:
+    """The CLIP model itself, of a `CoOpModel` or a `CLIPModel`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_base_model(base)
+    return base
+
+
+def get_tokenizer(model, tokenizer):
+    """The tokenizer: as given, or that of a processor; `None` takes the `CoOpModel`'s own."""
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not callable(tokenizer):
+        raise TypeError(
+            f"`tokenizer` must be the base model's tokenizer or processor, got {type(tokenizer).__name__}. Load it "
+            "with `AutoTokenizer.from_pretrained(...)`; only a CoOpModel brings its own."
+        )
+    return tokenizer
+
+
+def _layout(tokenizer, texts: list[str], max_positions: int, truncate: bool) -> PromptLayout:
+    if not truncate:
+        return tokenize_texts(tokenizer, texts, max_positions)
+    sos, eos = special_token_ids(tokenizer)
+    rows = [[sos, *ids[: max_positions - 2], eos] for ids in encode_words(tokenizer, texts)]
+    return PromptLayout(rows, [len(row) - 2 for row in rows], 0, "end", eos)
+
+
+@torch.no_grad()
+def encode_texts(model, tokenizer, texts: list[str], batch_size: int = 256, truncate: bool = False) -> torch.Tensor:
+    """Embeddings of finished texts.
+
+    Args:
+        model (`CoOpModel` or `CLIPModel`): whose text tower.
+        tokenizer (`PreTrainedTokenizerBase` or `CLIPProcessor`): the base's; `None` with a `CoOpModel` takes its own.
+        texts (`list[str]`): any number; memory grows with `batch_size` alone.
+        batch_size (`int`, *optional*, defaults to 256): texts that go through the tower at a time.
+        truncate (`bool`, *optional*, defaults to `False`): cut the tokens of texts that are too long for the tower, as
+            `clip.tokenize(..., truncate=True)`, instead of raising.
+
+    Returns:
+        `torch.Tensor` `(len(texts), projection_dim)`, fp32, normalised, on the text tower's device.
+
+    Raises:
+        ValueError: no texts, or a text that has more tokens than the tower has positions; names it.
+    """
+    base, tokenizer = get_base(model), get_tokenizer(model, tokenizer)
+    if isinstance(texts, str) or len(texts) == 0:
+        raise ValueError(f"`texts` must be a list of at least one string, got {texts!r}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
+    has_known_layers = all(isinstance(layer, CLIPEncoderLayer) for layer in base.text_model.encoder.layers)
+    max_positions = base.config.text_config.max_position_embeddings
+    was_training = base.training
+    base.eval()
+    try:
+        batches = []
+        for start in range(0, len(texts), batch_size):
+            # A layout of its own for each batch: what the fast pass keeps for later steps is of no use here.
+            layout = _layout(tokenizer, list(texts[start : start + batch_size]), max_positions, truncate)
+            features = SharedPrefixPass(base, layout)(None) if has_known_layers else plain_text_features(base, layout)
+            batches.append(F.normalize(features.float(), dim=-1))
+    finally:
+        base.train(was_training)
+    return torch.cat(batches)
+
+
+def mean_text_embeddings(
+    model, tokenizer, texts: list[list[str]], batch_size: int = 256, truncate: bool = False
+) -> torch.Tensor:
+    """For each class the mean of the normalised embeddings of its texts, not normalised again.
+
+    Args:
+        model (`CoOpModel` or `CLIPModel`): whose text tower.
+        tokenizer (`PreTrainedTokenizerBase` or `CLIPProcessor`): the base's; `None` with a `CoOpModel` takes its own.
+        texts (`list[list[str]]`): for each class its texts, at least one; classes may have different numbers.
+        batch_size (`int`, *optional*, defaults to 256): texts that go through the tower at a time.
+        truncate (`bool`, *optional*, defaults to `False`): see [`encode_texts`].
+
+    Returns:
+        `torch.Tensor` `(num_classes, projection_dim)`, fp32.
+    """
+    empty = [index for index, own in enumerate(texts) if not own]
+    if len(texts) == 0 or empty:
+        raise ValueError(f"every class needs at least one text; class {empty[0] if empty else 0} has none.")
+    flat = [(text, index) for index, own in enumerate(texts) for text in own]
+    counts = torch.tensor([len(own) for own in texts])
+    sums = None
+    for start in range(0, len(flat), batch_size):
+        batch = flat[start : start + batch_size]
+        embeds = encode_texts(model, tokenizer, [text for text, _ in batch], batch_size, truncate)
+        if sums is None:
+            sums = embeds.new_zeros(len(texts), embeds.shape[1])
+        sums.index_add_(0, torch.tensor([index for _, index in batch], device=embeds.device), embeds)
+    return sums / counts.to(sums.device)[:, None]
+
+
+def class_embeddings(model, tokenizer, class_names: list[str], templates, batch_size: int = 256) -> torch.Tensor:
+    """Class embeddings from hand-written templates, averaged as CLIP does.
+
+    Args:
+        model (`CoOpModel` or `CLIPModel`): whose text tower; nothing in it is changed.
+        tokenizer (`PreTrainedTokenizerBase` or `CLIPProcessor`): the base's; `None` with a `CoOpModel` takes its own.
+        class_names (`list[str]`): class names; underscores become spaces.
+        templates (`str` or `list[str]`): templates with `{}` once in each, such as `HAND_TEMPLATES["OxfordPets"]` or
+            `IMAGENET_80_TEMPLATES`.
+        batch_size (`int`, *optional*, defaults to 256): texts that go through the tower at a time; bounds memory.
+
+    Returns:
+        `torch.Tensor` `(num_classes, projection_dim)`, fp32, normalised.
+
+    Raises:
+        ValueError: bad class names, a template without `{}`, or a text longer than the tower's positions.
+
+    Example:
+
+    ```python
+    >>> class_embeds = class_embeddings(base, tokenizer, ["cat", "dog"], IMAGENET_7_TEMPLATES)
+    >>> zero_shot_logits(base, class_embeds, pixel_values=pixel_values).argmax(dim=-1)
+    ```
+    """
+    class_names = check_class_names(class_names)
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    if not templates:
+        raise ValueError('`templates` is empty: pass at least one, such as "a photo of a {}.".')
+    by_template = [fill_template(template, class_names) for template in templates]
+    texts = [list(own) for own in zip(*by_template)]
+    return F.normalize(mean_text_embeddings(model, tokenizer, texts, batch_size), dim=-1)
+
+
+@torch.no_grad()
+def zero_shot_logits(
+    model,
+    class_embeds: torch.Tensor,
+    pixel_values: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scores pictures against class embeddings, wherever these come from.
+
+    Args:
+        model (`CoOpModel` or `CLIPModel`): gives the logit scale and, for `pixel_values`, the image tower.
+        class_embeds (`torch.Tensor`): `(num_classes, projection_dim)`, as from [`class_embeddings`].
+        pixel_values (`torch.Tensor`, *optional*): `(batch, 3, height, width)`, as the image processor gives them.
+        image_embeds (`torch.Tensor`, *optional*): `(batch, projection_dim)`, cached image features, normalised or not;
+            instead of `pixel_values`.
+
+    Returns:
+        `torch.Tensor` `(batch, num_classes)`, fp32: exp(logit_scale) times the cosine.
+    """
+    base = get_base(model)
+    if (pixel_values is None) == (image_embeds is None):
+        given = "neither" if pixel_values is None else "both"
+        raise ValueError(f"pass either `pixel_values` or `image_embeds`; got {given}.")
+    if image_embeds is None:
+        weight = base.vision_model.embeddings.patch_embedding.weight
+        image_embeds = base.get_image_features(pixel_values=pixel_values.to(base.device, weight.dtype)).pooler_output
+    if image_embeds.shape[-1] != class_embeds.shape[-1]:
+        raise ValueError(
+            f"the image features have {image_embeds.shape[-1]} dimensions and the class embeddings "
+            f"{class_embeds.shape[-1]}: both must come from the same model's projections."
+        )
+    image_embeds = F.normalize(image_embeds.to(class_embeds.device).float(), dim=-1)
+    scale = base.logit_scale.to(class_embeds.device).float().exp()
+    return scale * image_embeds @ F.normalize(class_embeds.float(), dim=-1).T
