@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 TRAINING_STATE_JSON = "training_state.json"
 TRAINING_STATE_TENSORS = "training_state.safetensors"
 TRAINER_STATE = "trainer_state.json"
+_STAGING = ".saving-"
 
 
 class CoOpTrainer(Trainer):
@@ -199,6 +200,14 @@ class CoOpTrainer(Trainer):
         """The batches of `predict`, of plain views."""
         return super().get_test_dataloader(self._as_embeddings(self._as_images(test_dataset, self.model), None))
 
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As `transformers.Trainer.train`."""
+        if self.args.should_save and os.path.isdir(self.args.output_dir):
+            for name in os.listdir(self.args.output_dir):
+                if name.startswith(_STAGING):  # left by a process that was killed while it saved
+                    shutil.rmtree(os.path.join(self.args.output_dir, name), ignore_errors=True)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     # ------------------------------------------------------------------ loss and schedule
 
     def _mean_loss(self, outputs, labels, num_items_in_batch=None):
@@ -264,7 +273,7 @@ class CoOpTrainer(Trainer):
                 best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
                 if os.path.isdir(best) or best == final:
                     self.state.best_model_checkpoint = best
-            staging = os.path.join(run_dir, f".saving-{uuid.uuid4().hex}")
+            staging = os.path.join(run_dir, f"{_STAGING}{uuid.uuid4().hex}")
             try:
                 self._save(staging)
                 if not self.args.save_only_model:
@@ -275,7 +284,7 @@ class CoOpTrainer(Trainer):
                 self.state.save_to_json(os.path.join(staging, TRAINER_STATE))
                 _sync_folder(staging)
                 if os.path.isdir(final):  # left by an earlier run
-                    shutil.rmtree(final)
+                    _remove_checkpoint(final)
                 os.replace(staging, final)
             except OSError as error:
                 saved = _last_checkpoint(run_dir)
@@ -301,7 +310,7 @@ class CoOpTrainer(Trainer):
         kept = {checkpoints[-1], *([best] if best else [])}
         removable = [path for path in checkpoints if path not in kept]
         for path in removable[: max(0, len(checkpoints) - max(limit, len(kept)))]:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_checkpoint(path)
 
     def _save_training_state(self, folder: str) -> None:
         """Optimizer, scheduler and gradient scaler: numbers as JSON, tensors as safetensors."""
@@ -449,6 +458,13 @@ def _checkpoints(run_dir: str) -> list[str]:
 
 def _last_checkpoint(run_dir: str) -> str | None:
     return next(reversed(_checkpoints(run_dir)), None)
+
+
+def _remove_checkpoint(path: str) -> None:
+    """Removes a checkpoint; first out of its place, so that a half removed one never stands there."""
+    hidden = os.path.join(os.path.dirname(path), f"{_STAGING}{uuid.uuid4().hex}")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _sync_folder(folder: str) -> None:

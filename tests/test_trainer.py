@@ -16,6 +16,14 @@ from coop_hf.saving import read_adapter
 
 
 NAMES = ["cat", "dog", "sea"]
+CHECKPOINT_FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "trainer_state.json",
+    "training_args.json",
+    "training_state.json",
+    "training_state.safetensors",
+]
 
 
 def make_model(base, processor, seed=0, **config):
@@ -266,14 +274,7 @@ def test_a_checkpoint_holds_adapter_and_state_alone(base, processor, tmp_path):
     trained(model, tmp_path, embedded(), recipe="fast", max_steps=4, save_strategy="steps", save_steps=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     files = sorted(p.name for p in (tmp_path / "checkpoint-4").iterdir())
-    assert files == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "trainer_state.json",
-        "training_args.json",
-        "training_state.json",
-        "training_state.safetensors",
-    ]
+    assert files == CHECKPOINT_FILES
     loaded = CoOpModel.from_pretrained(tmp_path / "checkpoint-4", base_model=base, processor=processor)
     assert torch.equal(loaded.context, model.context)
 
