@@ -29,11 +29,18 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _shown(value) -> str:
+    """A value in an error message, at a bounded length."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def _check_text(name: str, value, hint: str = "", optional: bool = True) -> None:
     if value is None and optional:
         return
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{name}` must be a non-empty string{' or None' if optional else ''}, got {value!r}. {hint}")
+        kind = "a non-empty string or None" if optional else "a non-empty string"
+        raise ValueError(f"`{name}` must be {kind}, got {_shown(value)}. {hint}")
     if len(value) > MAX_TEXT_LENGTH:
         raise ValueError(f"`{name}` has {len(value):,} characters; at most {MAX_TEXT_LENGTH:,} are accepted. {hint}")
     if any(ord(character) < 32 and character not in "\t\n" or ord(character) == 127 for character in value):
@@ -72,11 +79,12 @@ def check_class_names(class_names) -> list[str]:
             raise ValueError(f"class name {index} must be a string, got {type(name).__name__}: {str(name)[:80]!r}.")
         key = clean_class_name(name)
         if not key:
-            raise ValueError(f"class name {index} is empty ({name!r}): give every class a readable name.")
+            raise ValueError(f"class name {index} is empty ({_shown(name)}): give every class a readable name.")
         _check_text(f"class_names[{index}]", name, "Use the plain name of the class.", optional=False)
         if key in seen:
             raise ValueError(
-                f"class name {index} ({name!r}) is the same as class name {seen[key]} ({names[seen[key]]!r}): two "
+                f"class name {index} ({_shown(name)}) is the same as class name {seen[key]} "
+                f"({_shown(names[seen[key]])}): two "
                 "classes with one prompt can't be told apart. Merge them or give them different names."
             )
         seen[key] = index
@@ -145,32 +153,32 @@ class CoOpConfig:
         if self.n_ctx is not None and (not _is_int(self.n_ctx) or not 1 <= self.n_ctx <= MAX_CONTEXT_TOKENS):
             raise ValueError(
                 f"`n_ctx` must be a whole number from 1 to {MAX_CONTEXT_TOKENS} (the paper uses 4, 8 and 16), "
-                f"got {self.n_ctx!r}."
+                f"got {_shown(self.n_ctx)}."
             )
         if self.class_token_position not in CLASS_TOKEN_POSITIONS:
             raise ValueError(
                 f"`class_token_position` must be one of {', '.join(map(repr, CLASS_TOKEN_POSITIONS))}, "
-                f"got {self.class_token_position!r}."
+                f"got {_shown(self.class_token_position)}."
             )
         if not isinstance(self.class_specific, bool):
-            raise ValueError(f"`class_specific` must be True or False, got {self.class_specific!r}.")
+            raise ValueError(f"`class_specific` must be True or False, got {_shown(self.class_specific)}.")
         _check_text("ctx_init", self.ctx_init, 'Pass words such as "a photo of a", or None for random vectors.')
         if self.class_names is not None:
             self.class_names = check_class_names(self.class_names)
         _check_text("template", self.template, 'Pass something like "a photo of a {}."', optional=False)
         if self.template.count("{}") != 1:
             raise ValueError(
-                f"`template` must contain `{{}}` exactly once, where the class name goes, got {self.template!r}."
+                f"`template` must contain `{{}}` exactly once, where the class name goes, got {_shown(self.template)}."
             )
         _check_text("base_model_name_or_path", self.base_model_name_or_path)
         _check_text("revision", self.revision)
         _check_text("coop_hf_version", self.coop_hf_version, optional=False)
         if not _is_int(self.format_version) or self.format_version < 1:
-            raise ValueError(f"`format_version` must be a positive whole number, got {self.format_version!r}.")
+            raise ValueError(f"`format_version` must be a positive whole number, got {_shown(self.format_version)}.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"this adapter has format version {self.format_version}, and coop_hf {__version__} reads up to "
-                f"{FORMAT_VERSION}: upgrade coop_hf."
+                f"this adapter has format version {_shown(self.format_version)}, and coop_hf {__version__} reads up "
+                f"to {FORMAT_VERSION}: upgrade coop_hf."
             )
 
     def to_dict(self) -> dict:

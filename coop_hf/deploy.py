@@ -143,6 +143,7 @@ class CoOpImageClassificationPipeline(Pipeline):
                 f"the {PIPELINE_TASK!r} pipeline runs on a CoOpModel, got {type(model).__name__}: pass "
                 "`model=CoOpModel.from_pretrained(...)`."
             )
+        kwargs.setdefault("image_processor", model.image_processor)  # which also tells how to collate a batch
         super().__init__(model=model, **kwargs)
         self.model.eval()
 

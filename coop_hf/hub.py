@@ -24,8 +24,7 @@ __all__ = ["find_file", "has_file", "hub_errors", "is_hub_id", "push_to_hub"]
 # base class is also the base of HfHubHTTPError, whichever client that is.
 _HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
-RETRY_WAITS = (1.0, 3.0)  # seconds before the second and the third try; a server's Retry-After counts instead
-MAX_RETRY_AFTER = 60.0
+RETRY_WAITS = (1.0, 3.0)  # seconds before the second and the third try, where huggingface_hub tries only once
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w\-.]{0,95}(/[A-Za-z0-9_][\w\-.]{0,95})?", re.ASCII)
 
@@ -80,9 +79,11 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str | N
                 _server_error(error), (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError)
             ):
                 raise  # arguments that contradict each other, such as force_download with local_files_only
-            if wait is None or not _is_transient(error):
+            # huggingface_hub itself repeats what fails before the download, and after "too many requests".
+            tried_once = not isinstance(error, LocalEntryNotFoundError) and _status(_server_error(error)) != 429
+            if wait is None or not tried_once or not _is_transient(error):
                 raise _explained(error, name, filename, revision) from error
-            time.sleep(_retry_after(error, wait))
+            time.sleep(wait)
 
 
 def _server_error(error: BaseException):
@@ -102,14 +103,6 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return _status(error) in _TRANSIENT
     return isinstance(error, _HTTPError) and type(error).__name__ not in ("ConnectError", "UnsupportedProtocol")
-
-
-def _retry_after(error: BaseException, wait: float) -> float:
-    try:
-        asked = float(_server_error(error).response.headers["Retry-After"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return wait
-    return min(max(asked, 0.0), MAX_RETRY_AFTER)
 
 
 def _cached(name: str, filename: str, subfolder: str | None, kwargs: dict) -> str | None:
@@ -237,6 +230,9 @@ def push_to_hub(
         raise ValueError(f"`repo_id` must have the form 'name' or 'owner/name', got {repo_id!r}.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request goes to the main branch: leave out `create_pr` or revision={revision!r}.")
+    names = list(model.adapters) if selected_adapters is None else selected_adapters
+    if not names:
+        raise ValueError("`selected_adapters` is empty: name at least one adapter, or leave it out for all.")
     with tempfile.TemporaryDirectory(prefix="coop_hf_push_") as folder:
         adapter_folder = os.path.join(folder, "adapter")
         model.save_pretrained(adapter_folder, selected_adapters)
@@ -264,8 +260,7 @@ def push_to_hub(
                     CommitOperationAdd(path, os.path.join(adapter_folder, path))
                     for path in sorted(_files_below(adapter_folder))
                 ],
-                commit_message=commit_message
-                or f"Upload {', '.join(selected_adapters or list(model.adapters))} with coop_hf",
+                commit_message=commit_message or f"Upload {', '.join(names)} with coop_hf",
                 revision=revision,
                 create_pr=create_pr,
             )

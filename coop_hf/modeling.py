@@ -23,7 +23,8 @@ from transformers.utils import ModelOutput
 from .config import ADAPTER_CONFIG_NAME, CoOpConfig, _is_int, check_class_names, clean_class_name
 from .context import init_context, num_context_tokens
 from .data import decode_image, eval_transform
-from .hub import find_file, has_file, is_hub_id
+from .hub import find_file, has_file, hub_errors, is_hub_id, push_to_hub
+from .model_card import write_card
 from .prompts import PromptLayout, fill_template, make_layout, tokenize_texts
 from .saving import read_adapter, write_adapter
 from .shared_prefix import SharedPrefixPass, class_parallel_features
@@ -546,6 +547,11 @@ class CoOpModel(nn.Module):
         finally:
             self._disabled = before
 
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the model is inside `disable_adapter()`."""
+        return self._disabled
+
     def get_base_model(self) -> CLIPModel:
         """The base model, as it was given."""
         return self.base_model
@@ -562,12 +568,20 @@ class CoOpModel(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(self, save_directory: str | os.PathLike, selected_adapters: list[str] | None = None) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        selected_adapters: list[str] | None = None,
+        training: dict | None = None,
+    ) -> None:
         """Saves adapters: `default` into the folder itself, others into a subfolder of their name. Never the base.
+
+        A model card, `README.md`, is written beside them; what a person changed in an earlier one stays.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder; made if missing.
             selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+            training (`dict`, *optional*): what the card says of the training, see `coop_hf.model_card.make_card`.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
@@ -578,6 +592,68 @@ class CoOpModel(nn.Module):
             adapter = self.adapters[name]
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             write_adapter(folder, adapter.config, adapter.context)
+        if selected:
+            write_card(save_directory, self, training=training, selected_adapters=list(selected))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        selected_adapters: list[str] | None = None,
+        training: dict | None = None,
+    ):
+        """Saves adapters and card into a repository on the Hub, in one commit; see `coop_hf.hub.push_to_hub`.
+
+        Args:
+            repo_id (`str`): `name` or `owner/name`; made if missing.
+            private (`bool`, *optional*): whether a new repository is private; defaults to the account's setting.
+            token (`str` or `bool`, *optional*): defaults to the stored one.
+            revision (`str`, *optional*, defaults to `"main"`): branch.
+            commit_message (`str`, *optional*): message of the commit.
+            create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
+            selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+            training (`dict`, *optional*): what the card says of the training.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            selected_adapters=selected_adapters,
+            training=training,
+        )
+
+    def merge_and_unload(self) -> tuple[CLIPModel, CLIPProcessor]:
+        """A stock CLIP model and processor with the context vectors as added tokens; see `coop_hf.merging`."""
+        from .merging import merge_and_unload
+
+        return merge_and_unload(self)
+
+    def as_image_classifier(self) -> nn.Module:
+        """Image tower and class embeddings as one plain module, for export; see `coop_hf.deploy`."""
+        from .deploy import as_image_classifier
+
+        return as_image_classifier(self)
+
+    @classmethod
+    def from_coop_checkpoint(
+        cls, path, base_model, class_names=None, class_token_position: str = "end", **kwargs
+    ) -> "CoOpModel":
+        """A model from a checkpoint of the original CoOp code; see `coop_hf.coop_checkpoint`."""
+        from .coop_checkpoint import from_coop_checkpoint
+
+        return from_coop_checkpoint(path, base_model, class_names, class_token_position, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -722,7 +798,8 @@ def _check_is_base(name: str, subfolder: str | None, source: dict) -> None:
 def _load_base(name: str, processor, source: dict, kwargs: dict):
     """The CLIP model and, unless given, its processor, or its tokenizer alone if no image processor lies beside it."""
     find_file(name, "config.json", **source)  # its errors say more
-    base = CLIPModel.from_pretrained(name, **source, **kwargs)
+    with hub_errors(name):
+        base = CLIPModel.from_pretrained(name, **source, **kwargs)
     check_base_model(base)
     if processor is None:
         if has_file(name, "preprocessor_config.json", **source) or has_file(name, "processor_config.json", **source):

@@ -12,16 +12,21 @@ import uuid
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from .data import LabelledImages, collate
 from .feature_cache import EmbeddedImages, embed_images
+from .hub import push_to_hub
 from .metrics import make_compute_metrics
+from .model_card import write_card
 from .modeling import CoOpModel
 from .saving import read_adapter, write_adapter
 from .training_args import PAPER_WARMUP_LR, CoOpTrainingArguments
@@ -93,6 +98,7 @@ class CoOpTrainer(Trainer):
             "seed": seed,
             "on_bad_image": args.on_bad_image,
         }
+        self._measured: dict = {}
         self._embedded: dict[int, tuple[Dataset, EmbeddedImages]] = {}
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
@@ -106,9 +112,9 @@ class CoOpTrainer(Trainer):
                     f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add pictures, or leave these "
                     "classes out of the class names while training."
                 )
-            args.complete(len(train_dataset), int(counts.max()), len(counts))
+            args.complete(len(train_dataset), int(counts.max()), len(counts), _embedding_size(model))
         elif args.per_device_train_batch_size is None:
-            args.complete(1, 1, 1)
+            args.complete(1, 1, 1, _embedding_size(model))
         if isinstance(eval_dataset, dict) and not hasattr(eval_dataset, "set_epoch"):
             eval_dataset = {name: self._as_images(part, model) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -206,7 +212,9 @@ class CoOpTrainer(Trainer):
             for name in os.listdir(self.args.output_dir):
                 if name.startswith(_STAGING):  # left by a process that was killed while it saved
                     shutil.rmtree(os.path.join(self.args.output_dir, name), ignore_errors=True)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._measured["seconds"] = output.metrics["train_runtime"]
+        return output
 
     # ------------------------------------------------------------------ loss and schedule
 
@@ -226,6 +234,12 @@ class CoOpTrainer(Trainer):
                 + "Lower the learning rate, check the pictures, or use bf16 or fp32 instead of fp16."
             )
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Only the context has a gradient: there is no need to walk through the base at every step.
+        if grad_norm is None and getattr(self.accelerator, "scaler", None) is None:
+            return self.model.context.grad.norm()
+        return super()._get_grad_norm(model, grad_norm)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay applies to the context, whatever its adapter is called."""
@@ -253,14 +267,74 @@ class CoOpTrainer(Trainer):
 
     # ------------------------------------------------------------------ files
 
+    @property
+    def _subfolder(self) -> str | None:
+        """Where `save_pretrained` puts the active adapter."""
+        return None if self.model.active_adapter == "default" else self.model.active_adapter
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """The active adapter and the arguments; nothing pickled, and never the base."""
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        write_adapter(output_dir, self.model.config, self.model.context)
+        write_adapter(os.path.join(output_dir, self._subfolder or ""), self.model.config, self.model.context)
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the active adapter, its model card and the arguments; with `push_to_hub` on the Hub too."""
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            self._write_card(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, **kwargs) -> None:
+        """Writes the model card into `output_dir`. What it says comes from the training; a person's edits stay."""
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir)
+
+    def _write_card(self, folder: str) -> None:
+        names = [self.model.active_adapter]
+        repo_id = self.hub_model_id or self.args.hub_model_id
+        write_card(folder, self.model, name=repo_id, training=self.summary(), selected_adapters=names)
+
+    def summary(self) -> dict:
+        """What is known about the training, as a model card tells it; see `coop_hf.model_card.make_card`."""
+        args = self.args
+        summary = {
+            "seed": args.seed,
+            "hyperparameters": {
+                "recipe": args.recipe,
+                "optimizer": f"{args.optim.value}{f' ({args.optim_args})' if args.optim_args else ''}",
+                "learning rate": args.learning_rate,
+                "weight decay": args.weight_decay,
+                "pictures a step": args.train_batch_size * self._group(),
+                "steps": self.state.global_step,
+                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+                "processes": args.world_size,
+            },
+            "hardware": _hardware(args.device),
+            **self._measured,
+        }
+        if self.train_dataset is not None:
+            counts = np.bincount(_labels_of(self.train_dataset), minlength=len(self.model.class_names))
+            summary["num_train"] = len(self.train_dataset)
+            if counts.min() == counts.max():
+                summary["shots"] = int(counts.max())
+        return summary
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`. The model card tells the last result with and without the adapter."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        name = "zero_shot_metrics" if self.model.is_disabled else "metrics"
+        kept = {key: metrics.get(f"{metric_key_prefix}_{key}") for key in ("accuracy", "macro_f1")}
+        if all(value is not None for value in kept.values()):
+            self._measured[name] = kept
+            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+            if hasattr(dataset, "__len__") and not isinstance(dataset, (dict, str)):
+                self._measured["num_eval"] = len(dataset)
+        return metrics
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes `checkpoint-N` beside its place and moves it there when it is whole, so that none is ever half."""
@@ -361,7 +435,7 @@ class CoOpTrainer(Trainer):
         """Nothing to restore: order and views are functions of seed, epoch and row, and a step draws no number."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        config, context = read_adapter(resume_from_checkpoint)
+        config, context = read_adapter(resume_from_checkpoint, subfolder=self._subfolder)
         own = self.model.config
         for name in ("n_ctx", "class_token_position", "class_specific", "class_names"):
             if getattr(config, name) != getattr(own, name):
@@ -380,6 +454,96 @@ class CoOpTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info("Loading the best context, %s.", self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # ------------------------------------------------------------------ the Hub
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Puts the active adapter and its card on the Hub, in one commit.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): whether to wait; else a `Future` is returned.
+            token, revision, private (*optional*): default to the arguments' `hub_token`, `hub_revision` and
+                `hub_private_repo`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`, a `Future` of it, or `None` in processes other than the first.
+
+        Raises:
+            OSError: the Hub can't be reached or refuses. Local files are whole; call it again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        private = private if private is not None else self.args.hub_private_repo
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        repo_id = (
+            self.hub_model_id or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
+        )
+        options = {
+            "private": private,
+            "token": token,
+            "revision": revision if revision is not None else self.args.hub_revision,
+            "commit_message": commit_message,
+            "selected_adapters": [self.model.active_adapter],
+            "training": self.summary(),
+        }
+        if blocking:
+            return push_to_hub(self.model, repo_id, **options)
+        return HfApi(token=token).run_as_future(push_to_hub, self.model, repo_id, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes a checkpoint in the background, as `hub_strategy` says. A push that fails does not stop training."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None:
+            if not self.push_in_progress.is_done():
+                return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        files = {}
+        for folder, _, names in os.walk(checkpoint_folder):  # read now: the checkpoint may be gone before it is sent
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    files[os.path.relpath(os.path.join(folder, name), checkpoint_folder)] = file.read()
+        operations = [
+            CommitOperationAdd(path.replace(os.sep, "/"), content)
+            for path, content in files.items()
+            if os.path.basename(path).startswith("adapter_")
+        ]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(checkpoint_folder)
+            operations += [
+                CommitOperationAdd(f"{place}/{path.replace(os.sep, '/')}", content) for path, content in files.items()
+            ]
+        api = HfApi(token=self.args.hub_token)
+
+        def push():
+            try:
+                return api.create_commit(
+                    self.hub_model_id,
+                    operations,
+                    commit_message=f"Training in progress, {os.path.basename(checkpoint_folder)}",
+                    revision=self.args.hub_revision,
+                )
+            except Exception as error:
+                logger.warning("%s was not pushed (%s); it is whole on this machine.", checkpoint_folder, error)
+
+        job = api.run_as_future(push)
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress([job])
+        else:
+            self.push_in_progress.jobs.append(job)
 
 
 class _EpochCallback(TrainerCallback):
@@ -440,6 +604,13 @@ class _Padded(Dataset):
         return batch
 
 
+def _embedding_size(model: CoOpModel) -> float:
+    """Root mean square of the base's token embeddings."""
+    embedding = model.get_base_model().text_model.embeddings.token_embedding
+    with torch.no_grad(), align_module_device(embedding):
+        return embedding.weight.float().pow(2).mean().sqrt().item()
+
+
 def _labels_of(dataset) -> np.ndarray:
     if hasattr(dataset, "labels"):
         return np.asarray(dataset.labels)
@@ -458,6 +629,12 @@ def _checkpoints(run_dir: str) -> list[str]:
 
 def _last_checkpoint(run_dir: str) -> str | None:
     return next(reversed(_checkpoints(run_dir)), None)
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (one of {torch.cuda.device_count()})"
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
 
 
 def _remove_checkpoint(path: str) -> None:

@@ -19,12 +19,15 @@ RECIPES = {
     "fast": {
         "optim": "adamw_torch",
         "optim_args": None,
-        "learning_rate": 1e-2,
+        "learning_rate": None,  # FAST_LEARNING_RATE times the size of a token embedding
         "weight_decay": 0.0,
         "batch_size": 16384,
         "max_steps": 200,
     },
 }
+# Adam moves every value by about the learning rate, whatever the gradient's size: what is right depends on how large
+# the values are that the context stands beside. In units of the token embeddings' root mean square:
+FAST_LEARNING_RATE = 0.3
 PAPER_WARMUP_LR = 1e-5  # constant during the first epoch
 
 
@@ -47,8 +50,8 @@ class CoOpTrainingArguments(TrainingArguments):
             `"paper"`: https://arxiv.org/abs/2109.01134 as its code does it: SGD with learning rate 2e-3, momentum 0.9
             and weight decay 5e-4; batches of 32; 50, 100 or 200 epochs by number of shots (`paper_epochs`); a cosine
             that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views.
-            `"fast"`: the same loss, all pictures at every step, Adam with learning rate 1e-2 and a cosine over 200
-            steps, on cached embeddings of the plain views.
+            `"fast"`: the same loss, all pictures at every step, Adam with a cosine over 200 steps from a learning rate
+            of 0.3 times the root mean square of the token embeddings, on cached embeddings of the plain views.
         num_shots (`int`, *optional*, defaults to the largest class of the training set):
             Shots that the paper's number of epochs goes by.
         cache_features (`bool`, *optional*, defaults to `True`):
@@ -129,10 +132,19 @@ class CoOpTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type is None:
             self.lr_scheduler_type = "cosine"
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin memory for
 
-    def complete(self, num_pictures: int, num_shots: int, num_classes: int) -> None:
-        """Fills in what depends on the training set: batch size and number of epochs."""
+    def complete(self, num_pictures: int, num_shots: int, num_classes: int, embedding_size: float) -> None:
+        """Fills in what depends on the training set and the base: batch size, number of epochs, learning rate.
+
+        Args:
+            num_pictures (`int`), num_shots (`int`), num_classes (`int`): of the training set.
+            embedding_size (`float`): root mean square of the base's token embeddings.
+        """
         recipe = RECIPES[self.recipe]
+        if self.learning_rate is None:
+            self.learning_rate = FAST_LEARNING_RATE * embedding_size
         if self.per_device_train_batch_size is None:
             batch_size = recipe["batch_size"] if self.cache_features else min(recipe["batch_size"], 32)
             accumulated = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)

@@ -136,7 +136,10 @@ def main() -> None:
         zero_shot = trainer.evaluate(metric_key_prefix="zero_shot")
     training = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     learned = trainer.evaluate()
-    trainer.save_model()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
 
     if trainer.is_world_process_zero():
         results = {

@@ -54,7 +54,7 @@ def test_round_trip(base_folder, image_embeds, tmp_path, position, class_specifi
     with torch.no_grad():
         model.context.add_(torch.randn_like(model.context))
     model.save_pretrained(tmp_path / "saved")
-    assert sorted(os.listdir(tmp_path / "saved")) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(tmp_path / "saved")) == ["README.md", CONFIG, WEIGHTS]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = CoOpModel.from_pretrained(tmp_path / "saved")
@@ -159,7 +159,7 @@ def test_several_adapters(base, base_folder, tokenizer, tmp_path):
     model = make_model(base, tokenizer, n_ctx=3)
     model.add_adapter("flowers 2", CoOpConfig(n_ctx=2, class_specific=True), ["sea", "dog"])
     model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS, "flowers 2"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", CONFIG, WEIGHTS, "flowers 2"]
     assert sorted(os.listdir(tmp_path / "flowers 2")) == [CONFIG, WEIGHTS]
     options = {"base_model": base, "processor": tokenizer}
     for loaded in (
@@ -193,7 +193,7 @@ def test_chosen_adapters(base, tokenizer, tmp_path):
     model = make_model(base, tokenizer, n_ctx=3)
     model.add_adapter("other", CoOpConfig(n_ctx=2), ["sea"])
     model.save_pretrained(tmp_path, selected_adapters=["other"])
-    assert os.listdir(tmp_path) == ["other"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "other"]
     with pytest.raises(FileNotFoundError, match="It holds the adapters 'other': pass `subfolder=`"):
         CoOpModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no adapter named 'nobody'"):

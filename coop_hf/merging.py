@@ -1,0 +1,145 @@
+"""Out of coop_hf: a learned prompt as a stock `CLIPModel` and `CLIPProcessor`, for transformers alone.
+
+The context vectors become rows of the token embedding, and each row gets a token of its own, such as `<coop_1>`. A
+prompt then is a text like any other:
+
+    end      <coop_1> ... <coop_M> {}.
+    middle   <coop_1> ... <coop_⌊M/2⌋> {} <coop_⌊M/2⌋+1> ... <coop_M>.
+    front    {} <coop_1> ... <coop_M>.
+
+With a class-specific context, class c has the tokens `<coop_c_1>` ..., and each candidate label is a whole prompt.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AddedToken, CLIPModel
+
+from .config import clean_class_name
+from .prompts import special_token_ids
+
+
+__all__ = ["merge_and_unload"]
+
+
+@torch.no_grad()
+def merge_and_unload(model) -> tuple[CLIPModel, object]:
+    """The active adapter and its base as one stock CLIP model, which transformers saves, loads and runs by itself.
+
+    The base model and its processor are copied, not changed. The copy's `config.coop_hf` (saved with it) says how to
+    ask for the learned prompts:
+
+    - `hypothesis_template` (`str`): for the zero-shot image classification pipeline;
+    - `candidate_labels` (`list[str]`, or `None` for a unified context without class names): what goes with it. For a
+      unified context the class names, underscores as spaces; any other names work too. For a class-specific context
+      the whole prompt of each class, and the template is `"{}"`;
+    - `class_names` (`list[str]` or `None`): the names, in the same order.
+
+    Args:
+        model (`CoOpModel`): the model.
+
+    Returns:
+        `CLIPModel` and `CLIPProcessor` (the tokenizer alone, if the model was made with a tokenizer alone).
+
+    Raises:
+        ValueError: a class name that the new tokenizer would read in another way; says which.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> clip, processor = merge_and_unload(model)
+    >>> clip.save_pretrained("merged"), processor.save_pretrained("merged")
+    >>> prompt = clip.config.coop_hf
+    >>> classifier = pipeline("zero-shot-image-classification", model="merged")
+    >>> classifier(
+    ...     picture,
+    ...     candidate_labels=prompt["candidate_labels"],
+    ...     hypothesis_template=prompt["hypothesis_template"],
+    ... )
+    ```
+    """
+    base, config = model.base_model, model.config
+    processor = copy.deepcopy(model.processor)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    context = model.context.detach()
+    names = None if config.class_names is None else [clean_class_name(name) for name in config.class_names]
+    num_contexts = len(names) if config.class_specific else 1
+
+    prefix = _unused_prefix(tokenizer)
+    if config.class_specific:
+        tokens = [[f"<{prefix}_{c + 1}_{k + 1}>" for k in range(config.n_ctx)] for c in range(num_contexts)]
+    else:
+        tokens = [[f"<{prefix}_{k + 1}>" for k in range(config.n_ctx)]]
+    flat = [token for row in tokens for token in row]
+    # Spaces beside a token are swallowed, and it is found in the text as written, before lower-casing.
+    tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in flat])
+    ids = tokenizer.convert_tokens_to_ids(flat)
+
+    merged = _copy_with_rows(base, ids, context.flatten(0, -2))
+    text_config = merged.config.text_config
+    # With eos_token_id == 2, which the configurations of OpenAI's CLIP have, transformers pools at the largest id of
+    # each row: EOS, as long as no token is added behind it. Any other value is looked for itself.
+    text_config.eos_token_id = merged.text_model.eos_token_id = special_token_ids(tokenizer)[1]
+
+    templates = [_template(row, config.class_token_position) for row in tokens]
+    if config.class_specific:
+        template, labels = "{}", [t.format(name) for t, name in zip(templates, names)]
+    else:
+        template, labels = templates[0], names
+    if names is not None:
+        _check_tokens(tokenizer, model, template, labels, ids)
+    merged.config.coop_hf = {
+        "hypothesis_template": template,
+        "candidate_labels": labels,
+        "class_names": config.class_names,
+    }
+    return merged, processor
+
+
+def _template(tokens: list[str], class_token_position: str) -> str:
+    first = {"end": len(tokens), "middle": len(tokens) // 2, "front": 0}[class_token_position]
+    return " ".join([*tokens[:first], "{}", *tokens[first:]]) + "."
+
+
+def _unused_prefix(tokenizer) -> str:
+    """A beginning of token names that the vocabulary does not hold. Class names have no underscores, so never do."""
+    vocabulary, prefix, number = list(tokenizer.get_vocab()), "coop", 1
+    while any(token.startswith(f"<{prefix}_") for token in vocabulary):
+        number += 1
+        prefix = f"coop{number}"
+    return prefix
+
+
+def _copy_with_rows(base: CLIPModel, ids: list[int], vectors: torch.Tensor) -> CLIPModel:
+    """A copy of the base whose token embedding holds `vectors` at `ids`."""
+    merged = copy.deepcopy(base)
+    embeddings = merged.text_model.embeddings
+    old = embeddings.token_embedding.weight
+    rows = max(old.shape[0], max(ids) + 1)
+    weight = old.new_zeros(rows, old.shape[1])
+    weight[: old.shape[0]] = old
+    weight[torch.tensor(ids, device=old.device)] = vectors.to(old.device, old.dtype)
+    new = nn.Embedding(rows, old.shape[1], device=old.device, dtype=old.dtype)
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    embeddings.token_embedding = new
+    merged.config.text_config.vocab_size = rows
+    return merged
+
+
+def _check_tokens(tokenizer, model, template: str, labels: list[str], ids: list[int]) -> None:
+    """Raises unless the new tokenizer turns each prompt into the tokens that the adapter was learned on."""
+    layout = model.adapters[model.active_adapter].prompts.layout
+    n_ctx = layout.n_ctx
+    encoded = tokenizer([template.format(label) for label in labels])["input_ids"]
+    for c, (row, found) in enumerate(zip(layout.tokens, encoded)):
+        own = ids[c * n_ctx : (c + 1) * n_ctx] if model.config.class_specific else ids
+        expected = [own[-1 - token] if token < 0 else token for token in row]
+        if list(found) != expected:
+            raise ValueError(
+                f"the prompt of the class {model.class_names[c]!r} can't be written as text: the tokenizer reads "
+                f"{template.format(labels[c])!r} as {list(found)}, and the adapter stands for {expected}. Give the "
+                "class another name."
+            )

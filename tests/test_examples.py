@@ -1,0 +1,110 @@
+"""The commands under `examples/`, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coop_hf import CoOpModel, emoji_model_path, load_emoji
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(folder, *given, launcher=(sys.executable,), script="train.py", code=0):
+    environment = {**os.environ, "COOP_HF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, str(ROOT / "examples" / script), *map(str, given)]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == code, result.stderr[-4000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("default")
+    return folder, run(folder).stdout
+
+
+def test_the_learned_prompt_beats_the_hand_written_one(default_run):
+    folder, output = default_run
+    results = json.loads((folder / "coop_output" / "all_results.json").read_text())
+    assert (results["num_shots"], results["seed"]) == (16, 1)
+    assert results["eval_accuracy"] >= results["zero_shot_accuracy"] + 0.1
+    for value in (results["zero_shot_accuracy"], results["eval_accuracy"]):
+        assert f"{value:.1%}" in output
+    assert "hand-written prompt" in output and "gain" in output
+
+
+def test_what_it_writes_is_an_adapter(default_run):
+    folder, _ = default_run
+    results = json.loads((folder / "coop_output" / "all_results.json").read_text())
+    test = load_emoji()["test"]
+    model = CoOpModel.from_pretrained(folder / "coop_output")
+    names = test.features["label"].names
+    best = [answer[0]["label"] for answer in model.predict(test["image"][:], top_k=1)]
+    accuracy = sum(name == names[label] for name, label in zip(best, test["label"])) / len(test)
+    assert accuracy == pytest.approx(results["eval_accuracy"], abs=0.004)
+    card = (folder / "coop_output" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: coop_hf" in card and f"{100 * results['eval_accuracy']:.1f}" in card
+
+
+def test_two_runs_give_the_same_bits(default_run, tmp_path):
+    folder, _ = default_run
+    run(tmp_path)
+    name = "coop_output/adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_accelerate_launch_with_two_processes(default_run, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run(tmp_path, "--use_cpu", launcher=launcher)
+    one = json.loads((default_run[0] / "coop_output" / "all_results.json").read_text())
+    two = json.loads((tmp_path / "coop_output" / "all_results.json").read_text())
+    assert two["zero_shot_accuracy"] == one["zero_shot_accuracy"]
+    # 200 steps of Adam magnify rounding: the context differs by 1e-3 or so, a few pictures may change sides.
+    assert two["eval_accuracy"] == pytest.approx(one["eval_accuracy"], abs=0.02)
+
+
+def test_ones_own_pictures(tmp_path):
+    emoji = load_emoji()["train"]
+    names = emoji.features["label"].names
+    labels = emoji["label"]
+    for row in range(len(emoji)):
+        if labels[row] < 4:
+            place = tmp_path / "pictures" / names[labels[row]]
+            place.mkdir(parents=True, exist_ok=True)
+            emoji[row]["image"].save(place / f"{row}.png")
+    given = ["--dataset", "pictures", "--base_model", emoji_model_path(), "--num_shots", 4, "--seed", 3]
+    given += ["--n_ctx", 4, "--class_specific", "--class_token_position", "middle", "--ctx_init", "a photo of a"]
+    output = run(tmp_path, *given, "--max_steps", 20, "--output_dir", "mine").stdout
+    model = CoOpModel.from_pretrained(tmp_path / "mine")
+    assert model.config.class_specific and model.config.class_token_position == "middle"
+    assert sorted(model.class_names) == sorted(names[:4])
+    drawn, rest = 16, sum(label < 4 for label in labels) - 16
+    assert f"{drawn} pictures" in output and f"{rest} test pictures" in output
+
+
+def test_a_split_of_the_coop_benchmark(tmp_path):
+    emoji = load_emoji()
+    parts = {"train": "train", "val": "validation", "test": "test"}
+    split = {}
+    for part, name in parts.items():
+        split[part] = []
+        for row, label in enumerate(emoji[name]["label"]):
+            if label < 3:
+                path = f"{name}_{row}.png"
+                emoji[name][row]["image"].save(tmp_path / path)
+                split[part].append([path, label, emoji[name].features["label"].names[label].replace(" ", "_")])
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    run(tmp_path, "--coop_split", "split.json", "--image_root", ".", "--num_shots", 2, "--max_steps", 5)
+    results = json.loads((tmp_path / "coop_output" / "all_results.json").read_text())
+    assert results["num_shots"] == 2
+
+
+def test_mistakes_are_explained(tmp_path):
+    assert "no split 'nothing'" in run(tmp_path, "--train_split", "nothing", code=1).stderr
+    assert "neither a folder" in run(tmp_path, "--base_model", "../nothing/here", code=1).stderr
+    assert "n_ctx" in run(tmp_path, "--n_ctx", "500", code=1).stderr
