@@ -44,8 +44,8 @@ def trainer_overhead(steps: int) -> dict:
 
 
 @torch.no_grad()
-def inference(batch_size: int, classes: int, repeats: int) -> dict:
-    base = make_base()
+def inference(batch_size: int, classes: int, repeats: int, size: str) -> dict:
+    base = make_base(size=size)
     model = CoOpModel(base, CoOpConfig(n_ctx=16), make_names(classes), WordTokenizer()).eval()
     pixels = torch.randn(batch_size, 3, 224, 224)
     model(pixel_values=pixels)  # encodes the classes, once
@@ -64,9 +64,10 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--size", default="b32", choices=["b32", "tiny"])
     args = parser.parse_args()
     results = {"trainer": trainer_overhead(args.steps)}
-    results["inference"] = inference(args.batch_size, args.classes, args.repeats)
+    results["inference"] = inference(args.batch_size, args.classes, args.repeats, args.size)
     report("overhead", results)
 
 

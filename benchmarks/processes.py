@@ -18,10 +18,10 @@ from common import WordTokenizer, make_base, make_names, report
 from coop_hf import CoOpConfig, CoOpModel
 
 
-def worker(classes: int, steps: int, output: str) -> None:
+def worker(classes: int, steps: int, size: str, output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    base = make_base(vision_layers=1)
+    base = make_base(vision_layers=1, size=size)
     torch.manual_seed(0)
     model = CoOpModel(base, CoOpConfig(n_ctx=16), make_names(classes), WordTokenizer()).train()
     model.text_parallel = True
@@ -47,11 +47,11 @@ def worker(classes: int, steps: int, output: str) -> None:
     dist.destroy_process_group()
 
 
-def run(processes: int, classes: int, steps: int) -> dict:
+def run(processes: int, classes: int, steps: int, size: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         output = os.path.join(folder, "result.json")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        given = ["--classes", str(classes), "--steps", str(steps), "--output", output]
+        given = ["--classes", str(classes), "--steps", str(steps), "--size", size, "--output", output]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*launch, __file__, *given], check=True, env=environment, stdout=subprocess.DEVNULL)
         with open(output) as file:
@@ -63,12 +63,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--size", default="b32", choices=["b32", "tiny"])
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.output:
-        worker(args.classes, args.steps, args.output)
+        worker(args.classes, args.steps, args.size, args.output)
         return
-    one, many = run(1, args.classes, args.steps), run(args.processes, args.classes, args.steps)
+    one = run(1, args.classes, args.steps, args.size)
+    many = run(args.processes, args.classes, args.steps, args.size)
     a, b = torch.tensor(one["gradient"]), torch.tensor(many["gradient"])
     report(
         "processes",

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import torch
+from common import machine
 from transformers import set_seed
 
-from common import machine
 from coop_hf import (
     CoOpConfig,
     CoOpModel,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 import torch
-from common import load_tokenizer, make_base, make_names, matmul_rate, peak_memory_bytes, report, timed
+from common import WordTokenizer, make_base, make_names, matmul_rate, peak_memory_bytes, report, timed
 
 from coop_hf.prompts import make_layout
 from coop_hf.shared_prefix import SharedPrefixPass
@@ -33,7 +33,7 @@ def layer_flops(tokens: int, base) -> float:
 
 def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain, repeats, size) -> dict:
     base = make_base(vision_layers=1, size=size)
-    layout = make_layout(load_tokenizer(), make_names(classes, name_tokens), n_ctx, position)
+    layout = make_layout(WordTokenizer(), make_names(classes, name_tokens), n_ctx, position)
     dim = base.config.text_config.hidden_size
     shape = (*((classes,) if class_specific else ()), n_ctx, dim)
     context = (torch.randn(shape) * 0.02).requires_grad_()

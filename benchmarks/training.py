@@ -51,7 +51,7 @@ def main() -> None:
     base = make_base(size=args.size)
     num_pictures = args.classes * args.shots
     epochs = paper_epochs(args.shots, args.classes)
-    steps = epochs * (num_pictures // 32)
+    steps = epochs * max(1, num_pictures // 32)
     results = {"classes": args.classes, "shots": args.shots, "paper_epochs": epochs, "paper_steps": steps}
 
     def fresh():

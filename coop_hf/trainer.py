@@ -60,6 +60,10 @@ class CoOpTrainer(Trainer):
             Defaults to accuracy and macro-F1.
         kwargs: as for `transformers.Trainer`.
 
+    Attributes:
+        about (`dict`): what the model card should say and only you know: `dataset`, `dataset_id`, `split`, `license`
+            (see `coop_hf.model_card.make_card`).
+
     Raises:
         ValueError: at once, before any work: a missing column, a label outside the class list, a class without
             pictures, an adapter that was loaded without `is_trainable=True`, a way of training that is not supported.
@@ -98,6 +102,7 @@ class CoOpTrainer(Trainer):
             "seed": seed,
             "on_bad_image": args.on_bad_image,
         }
+        self.about: dict = {}
         self._measured: dict = {}
         self._embedded: dict[int, tuple[Dataset, EmbeddedImages]] = {}
         if train_dataset is not None:
@@ -316,6 +321,7 @@ class CoOpTrainer(Trainer):
             },
             "hardware": _hardware(args.device),
             **self._measured,
+            **self.about,
         }
         if self.train_dataset is not None:
             counts = np.bincount(_labels_of(self.train_dataset), minlength=len(self.model.class_names))

@@ -131,6 +131,10 @@ def main() -> None:
         dtype=model_args.dtype,
     )
     trainer = CoOpTrainer(model=model, args=training_args, train_dataset=train, eval_dataset=test)
+    source = data_args.dataset or data_args.coop_split
+    trainer.about = {"dataset": source or f"the embedded emoji pictures, style {data_args.style}"}
+    if data_args.dataset is not None and not os.path.exists(data_args.dataset):
+        trainer.about["dataset_id"] = data_args.dataset
 
     with model.disable_adapter():
         zero_shot = trainer.evaluate(metric_key_prefix="zero_shot")

@@ -1,0 +1,54 @@
+"""Each benchmark runs, on a tiny tower, and what it measures beside time is right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(name, *given):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COOP_HF_CACHE": os.environ.get("COOP_HF_CACHE", "")}
+    command = [sys.executable, str(FOLDER / name), *map(str, given)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout[result.stdout.index("{\n") :])
+    assert report["machine"]["torch"]
+    return report["results"]
+
+
+def test_text_step():
+    results = run("text_step.py", "--size", "tiny", "--classes", 12, "--repeats", 1)
+    assert len(results) == 4
+    for result in results:
+        assert result["feature_error"] < 1e-5 and result["gradient_error"] < 1e-4
+        assert result["peak_memory_bytes"] > result["memory_before_bytes"] > 0
+
+
+def test_processes_share_the_classes_exactly():
+    result = run("processes.py", "--size", "tiny", "--classes", 11, "--steps", 1)
+    assert result["loss_error"] < 1e-5 and result["gradient_error"] < 1e-5
+
+
+def test_overhead():
+    results = run("overhead.py", "--size", "tiny", "--steps", 5, "--batch_size", 2, "--repeats", 1, "--classes", 3)
+    assert results["trainer"]["trainer_step_ms"] > 0 and results["inference"]["images_per_s"] > 0
+
+
+def test_training():
+    results = run("training.py", "--size", "tiny", "--classes", 4, "--shots", 2, "--public_steps", 1)
+    assert results["paper_steps"] == 0 or results["paper"]["extrapolated_from_steps"] > 0
+    assert results["fast"]["steps"] == 200
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_gpu_script_runs_without_one(device):
+    given = ["--device", device, "--size", "tiny", "--dtypes", "float32", "--modes", "eager"]
+    results = run("gpu.py", *given, "--classes", 5, "--steps", 3, "--repeats", 1)
+    assert [result["mode"] for result in results] == ["eager", "Trainer"]
+    assert not [result for result in results if "failed" in result]
