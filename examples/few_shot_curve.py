@@ -1,0 +1,56 @@
+"""Accuracy over the number of shots, for CoOp and everything it is compared with.
+
+    python examples/few_shot_curve.py
+    python examples/few_shot_curve.py --base_model openai/clip-vit-base-patch32 --dataset my_pictures
+
+Without arguments: the emoji pictures and the small emoji CLIP that come with the repository, 1, 2, 4, 8 and 16 shots,
+three seeds. Results go to `results/`: JSON, table, picture and CSV. A second run goes on where the first one stopped.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from coop_hf.plotting import plot_few_shot_curves
+from coop_hf.protocols import METHODS, ProtocolArguments, few_shot_curve, prepare, results_table, scores_by_method
+
+
+@dataclass
+class Arguments(ProtocolArguments):
+    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Pictures of a class."})
+    methods: list[str] | None = field(
+        default_factory=lambda: [name for name in METHODS if name != "coop_m4"], metadata={"help": "Methods."}
+    )
+    output_dir: str = field(default="results/few_shot_curve", metadata={"help": "Folder of the results."})
+
+
+def main() -> None:
+    args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    start = time.perf_counter()
+    model, task, options, methods = prepare(args)
+    path = os.path.join(args.output_dir, "few_shot_curve.json")
+    results = few_shot_curve(model, task, path, options, methods, args.shots, args.seeds, args.overwrite)
+
+    scores = scores_by_method(results, methods, "shots")
+    table = results_table(scores, args.shots, "shots of each class")
+    title = f"{task.name}, {len(task.class_names)} classes, {len(task.parts['test'][1])} test pictures"
+    print(f"\n{title}; accuracy in %, mean ± standard deviation over {len(args.seeds)} seeds\n\n{table}\n")
+    with open(os.path.join(args.output_dir, "few_shot_curve.md"), "w", encoding="utf-8") as file:
+        file.write(table + "\n")
+    try:
+        picture, numbers = plot_few_shot_curves(
+            {name: by_shots for name, by_shots in scores.items() if 0 not in by_shots},
+            os.path.join(args.output_dir, "few_shot_curve.png"),
+            {name: by_shots[0][0] for name, by_shots in scores.items() if 0 in by_shots},
+            title,
+        )
+        print(f"Written: {path}, {picture}, {numbers}")
+    except ImportError as error:
+        print(f"Written: {path}. No picture: {error}")
+    print(f"Time: {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
