@@ -13,6 +13,7 @@ import time
 
 import torch
 from common import WordTokenizer, make_base, make_names, matmul_rate, report, synchronize, timed
+from transformers import PrinterCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
 
@@ -49,6 +50,7 @@ def trainer_step(base, classes: int, device: str, steps: int, **given) -> dict:
             folder, max_steps=steps, per_device_train_batch_size=32, use_cpu=device == "cpu", **quiet, **given
         )
         trainer = CoOpTrainer(model=model, args=arguments, train_dataset=data)
+        trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
         start = time.perf_counter()
         trainer.train()
         synchronize(device)

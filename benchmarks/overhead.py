@@ -9,6 +9,7 @@ import time
 
 import torch
 from common import WordTokenizer, make_base, make_names, report, timed
+from transformers import PrinterCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
 
@@ -28,6 +29,7 @@ def trainer_overhead(steps: int) -> dict:
             folder, max_steps=steps, save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to="none"
         )
         trainer = CoOpTrainer(model=fresh(), args=arguments, train_dataset=data)
+        trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
         start = time.perf_counter()
         trainer.train()
         through_trainer = (time.perf_counter() - start) / steps

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 from common import machine
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from coop_hf import (
     CoOpConfig,
@@ -77,6 +77,7 @@ def main() -> None:
                     disable_tqdm=True,
                 )
                 trainer = CoOpTrainer(model=fresh, args=arguments, train_dataset=train, eval_dataset=test_set)
+                trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
                 seconds = trainer.train().metrics["train_runtime"]
                 embedding = per_picture * len(rows) * (epochs if recipe == "paper" else 1)
                 cells.append(

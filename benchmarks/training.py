@@ -15,6 +15,7 @@ import time
 import torch
 from common import WordTokenizer, make_base, make_names, report
 from torch.nn import functional as F
+from transformers import PrinterCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
 from coop_hf.text_tower import plain_text_features
@@ -83,6 +84,7 @@ def main() -> None:
                 max_steps=args.paper_steps if recipe == "paper" else -1,
             )
             trainer = CoOpTrainer(model=fresh(), args=arguments, train_dataset=data)
+            trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
             start = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - start

@@ -784,6 +784,8 @@ class CoOpModel(nn.Module):
 
 def _check_is_base(name: str, subfolder: str | None, source: dict) -> None:
     """Raises unless the folder or repository holds a model's `config.json`."""
+    if not os.path.isdir(name) and not is_hub_id(name):
+        find_file(name, "config.json")  # raises, and says that this is neither a folder nor a Hub id
     if subfolder is not None or not has_file(name, "config.json", **source):
         where = f"{name!r}" + (f", folder {subfolder!r}," if subfolder else "")
         hint = ""

@@ -217,6 +217,11 @@ class CoOpTrainer(Trainer):
             for name in os.listdir(self.args.output_dir):
                 if name.startswith(_STAGING):  # left by a process that was killed while it saved
                     shutil.rmtree(os.path.join(self.args.output_dir, name), ignore_errors=True)
+        if self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False):
+            # An evaluation before the training prepared the model for evaluation, and accelerate would not prepare it
+            # again: each process would go its own way.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._measured["seconds"] = output.metrics["train_runtime"]
         return output

@@ -17,7 +17,7 @@ def run(name, *given):
     command = [sys.executable, str(FOLDER / name), *map(str, given)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads(result.stdout[result.stdout.index("{\n") :])
+    report = json.loads(result.stdout)
     assert report["machine"]["torch"]
     return report["results"]
 

@@ -78,7 +78,14 @@ def test_ones_own_pictures(tmp_path):
             place.mkdir(parents=True, exist_ok=True)
             emoji[row]["image"].save(place / f"{row}.png")
     given = ["--dataset", "pictures", "--base_model", emoji_model_path(), "--num_shots", 4, "--seed", 3]
-    given += ["--n_ctx", 4, "--class_specific", "True", "--class_token_position", "middle", "--ctx_init", "a photo of a"]
+    given += [
+        "--n_ctx", 6, "--class_specific",
+        "True",
+        "--class_token_position",
+        "middle",
+        "--ctx_init",
+        "a photo of a",
+    ]
     output = run(tmp_path, *given, "--max_steps", 20, "--output_dir", "mine").stdout
     model = CoOpModel.from_pretrained(tmp_path / "mine")
     assert model.config.class_specific and model.config.class_token_position == "middle"

@@ -423,10 +423,12 @@ tokenizer = make_tokenizer()
 size = {{"height": 16, "width": 16}}
 image_processor = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size=size)
 processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
-model = t.make_model(make_base(tokenizer), processor)
+model = t.make_model(make_base(tokenizer), processor, class_specific={class_specific})
 data = t.pictures({count})
 args = t.arguments({folder!r}, **{given!r})
 trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.pictures(11, seed=1))
+with model.disable_adapter():
+    trainer.evaluate()  # before the training, too
 trainer.train()
 metrics = trainer.evaluate()
 trainer.save_model()
@@ -440,6 +442,7 @@ def run_processes(folder, processes, count, given):
     folder.mkdir()
     script = folder / "script.py"
     values = {"tests": str(Path(__file__).parent), "count": count, "folder": str(folder), "given": given}
+    values["class_specific"] = given.pop("class_specific", False)
     script.write_text(SCRIPT.format(processes=processes, **values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -452,7 +455,7 @@ def run_processes(folder, processes, count, given):
     "count, given",
     [
         (19, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "global_batch": 6}),
-        (13, {"recipe": "fast", "max_steps": 6}),  # all at once, an odd number
+        (13, {"recipe": "fast", "max_steps": 6, "class_specific": True}),  # all at once, an odd number
     ],
 )
 def test_two_processes_equal_one(tmp_path, count, given):
