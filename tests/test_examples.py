@@ -79,7 +79,9 @@ def test_ones_own_pictures(tmp_path):
             emoji[row]["image"].save(place / f"{row}.png")
     given = ["--dataset", "pictures", "--base_model", emoji_model_path(), "--num_shots", 4, "--seed", 3]
     given += [
-        "--n_ctx", 6, "--class_specific",
+        "--n_ctx",
+        6,
+        "--class_specific",
         "True",
         "--class_token_position",
         "middle",
