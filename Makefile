@@ -1,6 +1,6 @@
 # Each of the first two makes its own virtual environment on first use.
 #   make train   sets up, and learns a prompt on the embedded default
-#   make test    sets up, and runs the tests
+#   make test    sets up, and runs the tests (on one thread: their models are tiny, and threads would only wait)
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -10,10 +10,10 @@ train: .venv/ready
 	.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/train.py
 
 test: .venv-test/ready
-	.venv-test/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest
 
 test-slow: .venv-test/ready
-	.venv-test/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -m slow
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .
