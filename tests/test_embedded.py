@@ -33,7 +33,7 @@ COUNTS = {
     "twemoji": (448, 117, 267),
 }
 # Chance is 0.05 on 20 classes.
-FLOORS = {"fluent-flat": 0.25, "noto": 0.25}
+FLOORS = {"fluent-flat": 0.25, "fluent": 0.25, "emojione": 0.2, "noto": 0.3, "twemoji": 0.22}
 
 
 @pytest.fixture(scope="module")

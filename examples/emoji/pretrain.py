@@ -13,6 +13,7 @@ threads and one torch build give the same weights.
 """
 
 import argparse
+import heapq
 import json
 import math
 import os
@@ -20,12 +21,13 @@ import random
 import re
 import shutil
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from coop_hf.embedded import load_emoji
@@ -95,19 +97,60 @@ def read_pictures(work_dir, size):
     return torch.cat(resized), described["pictures"], described["emoji"]
 
 
+def learn_merges(words, count):
+    """Byte-pair encoding: join the most frequent pair of neighbours, again and again; ties go by the alphabet.
+
+    The trainer of `tokenizers` settles ties by chance, and no two runs would get the same token ids.
+
+    Args:
+        words (`Counter`): word as byte-level characters -> how often it occurs.
+        count (`int`): how many pairs to join.
+    """
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    weights, places, totals = list(words.values()), defaultdict(set), Counter()
+
+    def add(index, sign):
+        for pair in zip(pieces[index], pieces[index][1:], strict=False):
+            totals[pair] += sign * weights[index]
+            places[pair].add(index)
+
+    for index in range(len(pieces)):
+        add(index, 1)
+    heap = [(-total, pair) for pair, total in totals.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < count:
+        total, best = heapq.heappop(heap)
+        if totals[best] != -total or not total:
+            continue  # an outdated entry: the pair has been joined elsewhere since
+        merges.append(best)
+        changed = set()
+        for index in sorted(places[best]):
+            add(index, -1)
+            changed.update(zip(pieces[index], pieces[index][1:], strict=False))
+            joined = []
+            for piece in pieces[index]:
+                if joined and (joined[-1], piece) == best:
+                    joined[-1] += piece
+                else:
+                    joined.append(piece)
+            pieces[index] = joined
+            add(index, 1)
+            changed.update(zip(joined, joined[1:], strict=False))
+        for pair in changed:
+            heapq.heappush(heap, (-totals[pair], pair))
+    return merges
+
+
 def train_tokenizer(texts, vocab_size, max_length):
     """A CLIP tokenizer with a vocabulary of its own: bytes, bytes at a word's end, merges, start, end."""
     start, end = "<|startoftext|>", "<|endoftext|>"
-    backend = CLIPTokenizer().backend_tokenizer
+    backend, words = CLIPTokenizer().backend_tokenizer, Counter()
+    for text in texts:
+        pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+        words.update(word for word, _ in pieces)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    merges = learn_merges(words, vocab_size - 2 * len(alphabet) - 2)
     tokens = dict.fromkeys([*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges)])
     vocab = {token: index for index, token in enumerate([*tokens, start, end])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
