@@ -188,8 +188,10 @@ def test_label_smoothing(base, processor, tmp_path):
 
 
 def test_bf16_autocast_keeps_the_context_in_fp32(base, processor, tmp_path):
-    full = trained(make_model(base, processor), tmp_path, embedded(), recipe="fast", max_steps=3)
-    mixed = trained(make_model(base, processor), tmp_path, embedded(), recipe="fast", max_steps=3, bf16=True)
+    full = trained(make_model(base, processor), tmp_path, embedded(), recipe="fast", max_steps=3, learning_rate=0.01)
+    mixed = trained(
+        make_model(base, processor), tmp_path, embedded(), recipe="fast", max_steps=3, learning_rate=0.01, bf16=True
+    )
     assert mixed.dtype == torch.float32 and not torch.equal(mixed, full)
     torch.testing.assert_close(mixed, full, atol=0.05, rtol=0)
 
