@@ -2,12 +2,13 @@
 
 from . import deploy as _deploy  # noqa: F401 (registers the pipeline)
 from .config import CoOpConfig
-from .data import LabelledImages, load_images, read_coop_split, read_few_shot_indices, sample_few_shot
+from .data import LabelledImages, sample_few_shot
 from .embedded import emoji_model_path, load_emoji
 from .feature_cache import EmbeddedImages, embed_images
 from .interpret import format_nearest_tokens, nearest_tokens
 from .metrics import ClassificationAccuracy
 from .modeling import CoOpModel, CoOpOutput
+from .sources import load_images, read_coop_split, read_few_shot_indices
 from .trainer import CoOpTrainer
 from .training_args import CoOpTrainingArguments
 from .version import __version__

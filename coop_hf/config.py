@@ -25,7 +25,7 @@ MAX_CLASSES = 1_000_000
 MAX_TEXT_LENGTH = 10_000
 
 
-def _is_int(value) -> bool:
+def is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -33,6 +33,13 @@ def _shown(value) -> str:
     """A value in an error message, at a bounded length."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def some(items, limit=5):
+    """`items` as text for an error message, cut after `limit`."""
+    items = list(items)
+    text = ", ".join(repr(item) for item in items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
 
 
 def _check_text(name: str, value, hint: str = "", optional: bool = True) -> None:
@@ -150,7 +157,7 @@ class CoOpConfig:
     def __post_init__(self):
         if self.n_ctx is None and self.ctx_init is None:
             self.n_ctx = 16
-        if self.n_ctx is not None and (not _is_int(self.n_ctx) or not 1 <= self.n_ctx <= MAX_CONTEXT_TOKENS):
+        if self.n_ctx is not None and (not is_int(self.n_ctx) or not 1 <= self.n_ctx <= MAX_CONTEXT_TOKENS):
             raise ValueError(
                 f"`n_ctx` must be a whole number from 1 to {MAX_CONTEXT_TOKENS} (the paper uses 4, 8 and 16), "
                 f"got {_shown(self.n_ctx)}."
@@ -173,7 +180,7 @@ class CoOpConfig:
         _check_text("base_model_name_or_path", self.base_model_name_or_path)
         _check_text("revision", self.revision)
         _check_text("coop_hf_version", self.coop_hf_version, optional=False)
-        if not _is_int(self.format_version) or self.format_version < 1:
+        if not is_int(self.format_version) or self.format_version < 1:
             raise ValueError(f"`format_version` must be a positive whole number, got {_shown(self.format_version)}.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
-from .data import decode_image, eval_transform
 from .modeling import CoOpModel
+from .transforms import decode_image, eval_transform
 
 
 __all__ = ["CoOpImageClassificationPipeline", "ImageClassifier", "PIPELINE_TASK", "as_image_classifier", "export_onnx"]

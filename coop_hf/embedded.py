@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from datasets.table import InMemoryTable
 
 
-__all__ = ["EMOJI_SPLITS", "EMOJI_STYLES", "emoji_model_path", "load_emoji"]
+__all__ = ["EMOJI_SPLITS", "EMOJI_STYLES", "emoji_cupl_path", "emoji_model_path", "load_emoji"]
 
 EMOJI_STYLES = ("fluent-flat", "fluent", "fluent-hc", "emojione", "noto", "twemoji")
 EMOJI_SPLITS = ("train", "validation", "test")
@@ -91,3 +91,17 @@ def emoji_model_path():
     ```
     """
     return str(_part("model"))
+
+
+def emoji_cupl_path():
+    """The file of CuPL sentences for the emoji classes, to be given to `coop_hf.baselines.read_prompts`.
+
+    A language model wrote them once, eight for each class, asked what emoji of the class look like.
+
+    Returns:
+        `str`: A JSON file `{class name: [sentence, ...]}`.
+
+    Raises:
+        FileNotFoundError: If it is not there, as in an installation from a wheel.
+    """
+    return str(_part("cupl_prompts.json"))

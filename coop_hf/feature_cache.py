@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .saving import write_atomically
+from .saving import save_tensors, write_atomically
 
 
 __all__ = ["EmbeddedImages", "FeatureCache", "default_cache_dir", "embed_images"]
@@ -45,6 +44,7 @@ class FeatureCache:
     def __init__(self, folder: str, dim: int):
         self.folder, self.dim = folder, dim
         self._where: dict[bytes, tuple[str, int]] = {}
+        self._unwritten: dict[bytes, torch.Tensor] = {}  # what the disk did not take, for this run alone
         if os.path.isdir(folder):
             for name in sorted(os.listdir(folder)):
                 if name.endswith(".safetensors") and not name.startswith("."):
@@ -72,24 +72,42 @@ class FeatureCache:
             self._where[identity.tobytes()] = (path, row)
 
     def __contains__(self, identity: bytes) -> bool:
-        return identity in self._where
+        return identity in self._where or identity in self._unwritten
 
     def add(self, ids: list[bytes], features: torch.Tensor) -> None:
-        """Writes embeddings `(len(ids), dim)` as one more file, which appears whole or not at all."""
-        os.makedirs(self.folder, exist_ok=True)
+        """Writes embeddings `(len(ids), dim)` as one more file, which appears whole or not at all.
+
+        Where the disk is full or read-only they are kept in memory, with a warning: a cache only saves time.
+        """
         id_array = np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, _ID_BYTES).copy()
         features = features.detach().to("cpu", torch.float32).contiguous()
         digest = hashlib.blake2b(id_array.tobytes() + features.numpy().tobytes(), digest_size=16).hexdigest()
         path = os.path.join(self.folder, f"{uuid.uuid4().hex}.safetensors")
-        with write_atomically(path) as temporary:
-            save_file({"ids": torch.from_numpy(id_array), "features": features}, temporary, {"checksum": digest})
-        self._where.update({identity: (path, row) for row, identity in enumerate(ids)})
+        tensors = {"ids": torch.from_numpy(id_array), "features": features}
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            with write_atomically(path) as temporary:
+                save_tensors(tensors, temporary, {"checksum": digest})
+        except OSError as error:
+            if not self._unwritten:
+                logger.warning(
+                    "Image embeddings can't be kept in %s (%s): the next run computes them again. Free space, or name "
+                    "another folder (`feature_cache_dir`, or COOP_HF_CACHE in the environment).",
+                    self.folder,
+                    error,
+                )
+            self._unwritten.update(zip(ids, features))
+        else:
+            self._where.update({identity: (path, row) for row, identity in enumerate(ids)})
 
     def get(self, ids: list[bytes]) -> torch.Tensor:
         """The embeddings of these identities, `(len(ids), dim)` fp32."""
         result = torch.empty(len(ids), self.dim)
         by_file: dict[str, list[tuple[int, int]]] = {}
         for place, identity in enumerate(ids):
+            if identity in self._unwritten:
+                result[place] = self._unwritten[identity]
+                continue
             path, row = self._where[identity]
             by_file.setdefault(path, []).append((place, row))
         for path, pairs in by_file.items():

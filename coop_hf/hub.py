@@ -224,18 +224,19 @@ def push_to_hub(
             sent.
         OSError: the Hub can't be reached or refuses; says why and what to do.
     """
-    from .model_card import CARD_NAME, make_card  # here, because the card's room looks at models and this one does not
+    # Here, because these rooms look at models and files, and stand on this one.
+    from .model_card import CARD_NAME, make_card
+    from .saving import write_adapters
 
     if not isinstance(repo_id, str) or not is_hub_id(repo_id):
         raise ValueError(f"`repo_id` must have the form 'name' or 'owner/name', got {repo_id!r}.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request goes to the main branch: leave out `create_pr` or revision={revision!r}.")
-    names = list(model.adapters) if selected_adapters is None else selected_adapters
-    if not names:
+    if selected_adapters is not None and not selected_adapters:
         raise ValueError("`selected_adapters` is empty: name at least one adapter, or leave it out for all.")
     with tempfile.TemporaryDirectory(prefix="coop_hf_push_") as folder:
         adapter_folder = os.path.join(folder, "adapter")
-        model.save_pretrained(adapter_folder, selected_adapters)
+        names = write_adapters(model, adapter_folder, selected_adapters)
         api = HfApi(token=token, library_name="coop_hf")
         with _push_errors(repo_id, revision):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

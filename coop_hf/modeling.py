@@ -20,15 +20,15 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils import ModelOutput
 
-from .config import ADAPTER_CONFIG_NAME, CoOpConfig, _is_int, check_class_names, clean_class_name
+from .config import ADAPTER_CONFIG_NAME, CoOpConfig, is_int, check_class_names, clean_class_name
 from .context import init_context, num_context_tokens
-from .data import decode_image, eval_transform
 from .hub import find_file, has_file, hub_errors, is_hub_id, push_to_hub
 from .model_card import write_card
 from .prompts import PromptLayout, fill_template, make_layout, tokenize_texts
-from .saving import read_adapter, write_adapter
+from .saving import read_adapter, write_adapters
 from .shared_prefix import SharedPrefixPass, class_parallel_features
 from .text_tower import check_base_model, plain_text_features
+from .transforms import decode_image, eval_transform
 
 
 __all__ = ["CoOpModel", "CoOpOutput"]
@@ -170,7 +170,7 @@ class CoOpModel(nn.Module):
             )
         if text_pass not in TEXT_PASSES:
             raise ValueError(f"`text_pass` must be one of {', '.join(map(repr, TEXT_PASSES))}, got {text_pass!r}.")
-        if text_chunk_size is not None and (not _is_int(text_chunk_size) or text_chunk_size < 1):
+        if text_chunk_size is not None and (not is_int(text_chunk_size) or text_chunk_size < 1):
             raise ValueError(f"`text_chunk_size` must be a positive whole number or None, got {text_chunk_size!r}.")
         has_known_layers = all(isinstance(layer, CLIPEncoderLayer) for layer in base_model.text_model.encoder.layers)
         if text_pass == "shared" and not has_known_layers:
@@ -370,9 +370,9 @@ class CoOpModel(nn.Module):
         Raises:
             ValueError: no pictures, a bad `top_k`, missing class names, or a picture that can't be read (says which).
         """
-        if top_k is not None and (not _is_int(top_k) or top_k < 1):
+        if top_k is not None and (not is_int(top_k) or top_k < 1):
             raise ValueError(f"`top_k` must be a positive whole number or None, got {top_k!r}.")
-        if not _is_int(batch_size) or batch_size < 1:
+        if not is_int(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
         names = self._active_prompts() and self.class_names
         transform = eval_transform(self.image_processor)
@@ -583,56 +583,11 @@ class CoOpModel(nn.Module):
             selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
             training (`dict`, *optional*): what the card says of the training, see `coop_hf.model_card.make_card`.
         """
-        if os.path.isfile(save_directory):
-            raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
-        if isinstance(selected_adapters, str):
-            raise ValueError(f"`selected_adapters` must be a list of names, got the string {selected_adapters!r}.")
-        selected = list(self.adapters) if selected_adapters is None else selected_adapters
-        for name in [self._known(name) for name in selected]:
-            adapter = self.adapters[name]
-            folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            write_adapter(folder, adapter.config, adapter.context)
+        selected = write_adapters(self, save_directory, selected_adapters)
         if selected:
-            write_card(save_directory, self, training=training, selected_adapters=list(selected))
+            write_card(save_directory, self, training=training, selected_adapters=selected)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        selected_adapters: list[str] | None = None,
-        training: dict | None = None,
-    ):
-        """Saves adapters and card into a repository on the Hub, in one commit; see `coop_hf.hub.push_to_hub`.
-
-        Args:
-            repo_id (`str`): `name` or `owner/name`; made if missing.
-            private (`bool`, *optional*): whether a new repository is private; defaults to the account's setting.
-            token (`str` or `bool`, *optional*): defaults to the stored one.
-            revision (`str`, *optional*, defaults to `"main"`): branch.
-            commit_message (`str`, *optional*): message of the commit.
-            create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
-            selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
-            training (`dict`, *optional*): what the card says of the training.
-
-        Returns:
-            `huggingface_hub.CommitInfo`.
-        """
-        return push_to_hub(
-            self,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            selected_adapters=selected_adapters,
-            training=training,
-        )
+    push_to_hub = push_to_hub  # `coop_hf.hub.push_to_hub(model, repo_id, ...)`, and nothing to add
 
     def merge_and_unload(self) -> tuple[CLIPModel, CLIPProcessor]:
         """A stock CLIP model and processor with the context vectors as added tokens; see `coop_hf.merging`."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import CommitOperationAdd, HfApi
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
@@ -28,7 +28,7 @@ from .hub import push_to_hub
 from .metrics import make_compute_metrics
 from .model_card import write_card
 from .modeling import CoOpModel
-from .saving import read_adapter, write_adapter
+from .saving import read_adapter, save_tensors, write_adapter
 from .training_args import PAPER_WARMUP_LR, CoOpTrainingArguments
 
 
@@ -417,7 +417,7 @@ class CoOpTrainer(Trainer):
         }
         if getattr(self.accelerator, "scaler", None) is not None:
             numbers["scaler"] = self.accelerator.scaler.state_dict()
-        save_file(tensors, os.path.join(folder, TRAINING_STATE_TENSORS))
+        save_tensors(tensors, os.path.join(folder, TRAINING_STATE_TENSORS))
         with open(os.path.join(folder, TRAINING_STATE_JSON), "w", encoding="utf-8") as file:
             json.dump(numbers, file, default=float, indent=1)
 

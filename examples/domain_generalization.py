@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from transformers import HfArgumentParser
 
 from coop_hf.embedded import EMOJI_STYLES
+from coop_hf.methods import make_task
 from coop_hf.protocols import (
     ProtocolArguments,
     cross_dataset_transfer,
     domain_generalization,
     load_splits,
-    make_task,
     prepare,
     read_class_names,
     results_table,

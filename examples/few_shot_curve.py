@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
+from coop_hf.methods import METHODS
 from coop_hf.plotting import plot_few_shot_curves
-from coop_hf.protocols import METHODS, ProtocolArguments, few_shot_curve, prepare, results_table, scores_by_method
+from coop_hf.protocols import ProtocolArguments, few_shot_curve, prepare, results_table, scores_by_method
 
 
 @dataclass

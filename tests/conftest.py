@@ -1,20 +1,32 @@
-"""Small random CLIP models and tokenizers, built here, so that the tests need no network and no downloaded file.
+"""Small random CLIP models, tokenizers and pictures, built here: the tests need no network and no downloaded file.
 
 Session fixtures are shared: a test that changes a model makes its own with `make_base`.
 """
 
+import io
 import math
 from pathlib import Path
 
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from coop_hf import CoOpModel
+from coop_hf.methods import Options, make_task
 
-REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "data" / "clip_tokenizer"
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL_TOKENIZER = SHARED / "clip_tokenizer"
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "s e", "se a</w>", "p h", "ph o", "pho t", "phot o</w>", "o f</w>"]
 # ")" and "!" merge with a full stop that ends the word, as ")" does in CLIP's own vocabulary.
 MERGES += [") .</w>", "! .</w>"]
+
+CLASS_NAMES = ["cat", "dog", "sea_lion"]
+COLOUR_NAMES = ["cat", "dog", "sea", "photo", "of", "cat sea"]
+COLOUR_OPTIONS = Options("a {}.", ("a {}.", "{} of sea."))
 
 
 def byte_characters():
@@ -84,6 +96,40 @@ def make_base(
     return model
 
 
+def make_image_processor(size):
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def picture(seed, size=(37, 29), mode="RGB"):
+    rng = np.random.default_rng(seed)
+    bands = len(PIL.Image.new(mode, (1, 1)).getbands())
+    shape = (size[1], size[0], bands) if bands > 1 else (size[1], size[0])
+    return PIL.Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).convert(mode)
+
+
+def encoded(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def image_dataset(count=9, **columns):
+    return datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": encoded(picture(i)), "path": None} for i in range(count)],
+            "label": [i % 3 for i in range(count)],
+            **columns,
+        },
+        features=datasets.Features(
+            {
+                "image": datasets.Image(),
+                "label": datasets.ClassLabel(names=CLASS_NAMES),
+                **{k: datasets.Value("string") for k in columns},
+            }
+        ),
+    )
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -98,7 +144,7 @@ def real_tokenizer():
 
 @pytest.fixture(scope="session")
 def image_processor():
-    return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return make_image_processor(16)
 
 
 @pytest.fixture(scope="session")
@@ -141,3 +187,33 @@ def base_folder(base, processor, tmp_path_factory):
     base.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def splits():
+    """Pictures of six classes, each of a colour of its own."""
+    random = np.random.RandomState(0)
+    colours = np.random.RandomState(7).randint(0, 255, (len(COLOUR_NAMES), 3))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=COLOUR_NAMES)})
+    splits = {}
+    for part, size in {"train": 6, "validation": 4, "test": 8}.items():
+        labels = random.permutation(np.arange(len(COLOUR_NAMES)).repeat(size))
+        noise = random.randint(-40, 40, (len(labels), 16, 16, 3))
+        pixels = np.clip(colours[labels][:, None, None] + noise, 0, 255).astype(np.uint8)
+        rows = {"image": [PIL.Image.fromarray(x) for x in pixels], "label": labels}
+        splits[part] = datasets.Dataset.from_dict(rows, features=features)
+    return splits
+
+
+@pytest.fixture(scope="session")
+def model(base, processor):
+    """For the classes of `splits`."""
+    return CoOpModel(base, class_names=COLOUR_NAMES, processor=processor)
+
+
+@pytest.fixture(scope="session")
+def task(model, splits, tmp_path_factory):
+    """`splits` as a task of the protocols."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COOP_HF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return make_task(model, splits, "colours", progress=False)

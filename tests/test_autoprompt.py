@@ -1,9 +1,8 @@
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import make_base
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoTokenizer
 
 from coop_hf import CoOpConfig, CoOpModel
 from coop_hf.baselines.autoprompt import _Search, autoprompt, project_context, prompt_vocabulary
@@ -11,7 +10,6 @@ from coop_hf.baselines.zero_shot import class_embeddings, zero_shot_logits
 from coop_hf.embedded import emoji_model_path
 
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 NAMES = ["cat", "sea_lion", "ground vehicle"]
 POSITIONS = ["end", "middle", "front"]
 
@@ -23,22 +21,14 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    eos = tokenizer.eos_token_id
-    text = {**tower, "vocab_size": len(tokenizer), "eos_token_id": eos, "max_position_embeddings": 40}
-    torch.manual_seed(0)
-    vision = {**tower, "image_size": 24, "patch_size": 8}
-    base = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    # Larger embeddings than at initialisation, so that words matter.
-    base.text_model.embeddings.token_embedding.weight.data.normal_(std=0.5)
-    base.logit_scale.data.fill_(3.0)
+    base = make_base(tokenizer, eos_token_id=tokenizer.eos_token_id)
     return CoOpModel(base, CoOpConfig(n_ctx=2), NAMES, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def examples():
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(30, 16, generator=generator), torch.arange(30) % 3
+    return torch.randn(30, 24, generator=generator), torch.arange(30) % 3
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +57,14 @@ def test_vocabulary(tokenizer):
     assert set(prompt_vocabulary(tokenizer)) < set(prompt_vocabulary(tokenizer, ascii_words=False))
 
 
-def test_vocabulary_of_the_real_tokenizer():
-    if not (SHARED / "clip_tokenizer").is_dir():
-        pytest.skip("no ../shared/data/clip_tokenizer here")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "clip_tokenizer")
-    ids = prompt_vocabulary(tokenizer, ["cat"])
+def test_vocabulary_of_the_real_tokenizer(real_tokenizer):
+    ids = prompt_vocabulary(real_tokenizer, ["cat"])
     assert {320, 1125, 539} <= set(ids) and 2368 not in ids  # a, photo, of; cat is the class
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):  # any row of words comes back as written
         row = [ids[i] for i in torch.randint(len(ids), (6,), generator=generator)]
-        text = " ".join(tokenizer.decode([i]).strip() for i in row)
-        assert tokenizer(f"{text} kite (bird).", add_special_tokens=False)["input_ids"][:6] == row
+        text = " ".join(real_tokenizer.decode([i]).strip() for i in row)
+        assert real_tokenizer(f"{text} kite (bird).", add_special_tokens=False)["input_ids"][:6] == row
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -163,7 +150,7 @@ def test_projection_of_a_learned_context(model, examples, words):
 
 def test_errors(model, examples, words, tokenizer):
     images, labels = examples
-    with pytest.raises(ValueError, match=r"\(num_examples, 16\)"):
+    with pytest.raises(ValueError, match=r"\(num_examples, 24\)"):
         autoprompt(model, images[:, :4], labels)
     with pytest.raises(ValueError, match="from 0 to 2"):
         autoprompt(model, images, labels + 1)

@@ -1,14 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -27,30 +24,13 @@ from coop_hf.baselines.cupl import (
     write_prompts,
 )
 from coop_hf.baselines.zero_shot import class_embeddings
-from coop_hf.embedded import emoji_model_path
 
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 PUBLISHED = SHARED / "prompts" / "cupl_caltech101.json"
 needs_published = pytest.mark.skipif(not PUBLISHED.is_file(), reason="no ../shared/data/prompts here")
 NAMES = ["cat", "sea_lion"]
 PROMPTS = {"Sea lion": ["A sea lion swims.", "It is big."], "cat": ["A cat sits.", "A cat is small.", "It purrs."]}
 WORDS = "a an cat dog owl lion sea red big is has fur looks like what does look describe ?".split()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(emoji_model_path())
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer):
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    eos = tokenizer.eos_token_id
-    text = {**tower, "vocab_size": len(tokenizer), "eos_token_id": eos, "max_position_embeddings": 20}
-    torch.manual_seed(0)
-    vision = {**tower, "image_size": 24, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +75,10 @@ def test_published_file(tmp_path):
 
 
 @needs_published
-def test_published_sentences_on_the_real_tokenizer():
-    if not (SHARED / "clip_tokenizer").is_dir():
-        pytest.skip("no ../shared/data/clip_tokenizer here")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "clip_tokenizer")
-    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = CLIPConfig(
-        text_config={**tower, "vocab_size": 49408, "eos_token_id": 49407},
-        vision_config={**tower, "image_size": 8, "patch_size": 8},
-        projection_dim=4,
-    )
+def test_published_sentences_on_the_real_tokenizer(real_base, real_tokenizer):
     prompts = read_prompts(PUBLISHED)
-    embeds = cupl_class_embeddings(CLIPModel(config), tokenizer, list(prompts), prompts, too_long="truncate")
-    assert embeds.shape == (len(prompts), 4) and torch.isfinite(embeds).all()
+    embeds = cupl_class_embeddings(real_base, real_tokenizer, list(prompts), prompts, too_long="truncate")
+    assert embeds.shape == (len(prompts), 24) and torch.isfinite(embeds).all()
 
 
 def test_names_match_without_case_and_underscores():
@@ -169,11 +140,11 @@ def test_mixing_with_templates(base, tokenizer):
 
 
 def test_long_sentences(base, tokenizer):
-    prompts = {**PROMPTS, "cat": ["A cat.", "cat " * 30]}
-    with pytest.raises(ValueError, match="1 of 4 sentences have more tokens than the text tower's 20.*'cat', with 32"):
+    prompts = {**PROMPTS, "cat": ["A cat.", "cat " * 60]}
+    with pytest.raises(ValueError, match="1 of 4 sentences have more tokens than the text tower's 40.*'cat', with 62"):
         cupl_class_embeddings(base, tokenizer, NAMES, prompts)
     got = cupl_class_embeddings(base, tokenizer, NAMES, prompts, too_long="truncate")
-    expected = F.normalize(by_transformers(base, tokenizer, ["A cat.", "cat " * 18]), dim=-1)
+    expected = F.normalize(by_transformers(base, tokenizer, ["A cat.", "cat " * 38]), dim=-1)
     torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=0)
 
 

@@ -5,14 +5,19 @@ Only names are replaced: OpenAI's model by the embedded one, and pictures that a
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
+from test_coop_checkpoint import write_checkpoint
+from transformers import CLIPModel, CLIPTokenizer
 
-from coop_hf import emoji_model_path, load_emoji
+from coop_hf import CoOpModel, emoji_model_path, load_emoji
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,9 +48,9 @@ def write_pictures(folder: Path) -> None:
         emoji[row]["image"].convert("RGB").save(folder / name)
 
 
-def run_pages(pages, folder, url="http://127.0.0.1:9", token=None, before=""):
-    code = "\n\n".join(block for page in pages for block in blocks(page))
-    code = code.replace('"openai/clip-vit-base-patch32"', "emoji_model_path()")
+def run_pages(pages, folder, url="http://127.0.0.1:9", token=None, before="", skip=None):
+    code = "\n\n".join(block for page in pages for block in blocks(page) if skip is None or skip not in block)
+    code = re.sub(r'"openai/clip-vit-base-patch\d+"', "emoji_model_path()", code)
     script = folder / "page.py"
     script.write_text(PREPARE.format(tests=str(ROOT / "tests")) + before + "\n\n" + code, encoding="utf-8")
     keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
@@ -88,6 +93,49 @@ def test_deploy(tmp_path):
         pytest.importorskip(package, reason=f"{package} is not installed (the onnx extra)")
     run_pages(["docs/deploy.md"], tmp_path)
     assert (tmp_path / "classifier.onnx").is_file() and (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_move_from_the_original(tmp_path):
+    """A checkpoint in the original's format, in the folder that the page names: its command, then its Python."""
+    tokenizer, base = CLIPTokenizer.from_pretrained(emoji_model_path()), CLIPModel.from_pretrained(emoji_model_path())
+    names = ["tench", "goldfish", "great white shark"]
+    output = "output/imagenet/CoOp/vit_b16_16shots/nctx16_cscFalse_ctpend/seed1"
+    path = tmp_path / output / "prompt_learner" / "model.pth.tar-50"
+    context = write_checkpoint(path, tokenizer, base, names, n_ctx=16)
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (command,) = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/move_from_coop.md").read_text("utf-8"), re.M | re.S)
+    assert output in command
+    command = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    command = command.replace("openai/clip-vit-base-patch16", shlex.quote(emoji_model_path()))
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    by_command = CoOpModel.from_pretrained(tmp_path / "my-prompt")
+    assert torch.equal(by_command.context.detach(), context) and by_command.class_names == names
+    shutil.rmtree(tmp_path / "my-prompt")
+    run_pages(["docs/move_from_coop.md"], tmp_path)
+    by_python = CoOpModel.from_pretrained(tmp_path / "my-prompt")
+    assert torch.equal(by_python.context.detach(), context) and by_python.class_names == names
+
+
+def printed(page: str) -> str:
+    """What a page says that its Python prints: the fenced blocks without a language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return "\n".join(body for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if not language)
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "cupl", "linear_probe", "pet", "autoprompt", "interpret"])
+def test_the_pages_of_the_methods(tmp_path, name):
+    for module in {"linear_probe": ["sklearn"], "interpret": ["matplotlib"]}.get(name, []):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    page = f"docs/methods/{name}.md"
+    output = run_pages([page], tmp_path, skip="# needs the Hub")
+    number = r"-?\d+\.?\d*(?:e-?\d+)?"
+    if name in ("zero_shot", "cupl", "interpret"):  # nothing is trained: the same on any machine, up to a picture
+        expected = printed(page)
+        assert re.sub(number, "#", output).split() == re.sub(number, "#", expected).split()
+        for found, said in zip(re.findall(number, output), re.findall(number, expected), strict=True):
+            assert float(found) == pytest.approx(float(said), abs=1.1)
+    else:
+        assert len(output.splitlines()) >= len(printed(page).splitlines())
 
 
 def test_links_between_pages_lead_somewhere():

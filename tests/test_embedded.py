@@ -13,7 +13,8 @@ from PIL import Image as PILImage
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from coop_hf import embedded
-from coop_hf.embedded import EMOJI_SPLITS, EMOJI_STYLES, emoji_model_path, load_emoji
+from coop_hf.baselines import read_prompts
+from coop_hf.embedded import EMOJI_SPLITS, EMOJI_STYLES, emoji_cupl_path, emoji_model_path, load_emoji
 
 
 FOLDER = Path(embedded.__file__).resolve().parent.parent / "examples" / "emoji"
@@ -222,3 +223,13 @@ def test_zero_shot_beats_chance_by_far(emoji, model, processor):
         predictions = model(**inputs).logits_per_image.argmax(1)
         accuracy = (predictions == torch.tensor(part["label"])).float().mean().item()
         assert accuracy >= at_least, (style, accuracy)
+
+
+def test_cupl_sentences_fit_the_classes_and_the_tower():
+    names = load_emoji()["train"].features["label"].names
+    prompts = read_prompts(emoji_cupl_path(), names)
+    assert sorted(prompts) == sorted(names)
+    tokenizer = CLIPTokenizer.from_pretrained(emoji_model_path())
+    for name, sentences in prompts.items():
+        assert len(sentences) == len(set(sentences)) == 8, name
+        assert max(len(ids) for ids in tokenizer(sentences)["input_ids"]) <= 48, name

@@ -117,3 +117,15 @@ def test_mistakes_are_explained(tmp_path):
     assert "no split 'nothing'" in run(tmp_path, "--train_split", "nothing", code=1).stderr
     assert "neither a folder" in run(tmp_path, "--base_model", "../nothing/here", code=1).stderr
     assert "n_ctx" in run(tmp_path, "--n_ctx", "500", code=1).stderr
+
+
+def test_ablations_over_backbones(tmp_path):
+    (tmp_path / "twin").symlink_to(emoji_model_path(), target_is_directory=True)
+    given = ["--backbones", emoji_model_path(), "twin", "--variants", "m4", "--shots", 1, "--seeds", 1]
+    output = run(tmp_path, *given, script="ablations.py").stdout
+    files = [tmp_path / "results" / "ablations" / name / "ablations.json" for name in ("model", "twin")]
+    first, second = (json.loads(file.read_text(encoding="utf-8"))["cells"] for file in files)
+    assert [cell["scores"] for cell in first] == [cell["scores"] for cell in second] and len(first) == 2
+    assert "on model" in output and "on twin" in output
+    again = run(tmp_path, "--backbones", emoji_model_path(), emoji_model_path(), script="ablations.py", code=1)
+    assert "the same name" in again.stderr

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coop_hf import CoOpModel, EmbeddedImages, LabelledImages, embed_images
-from coop_hf.data import train_transform
 from coop_hf.feature_cache import FeatureCache, default_cache_dir
+from coop_hf.transforms import train_transform
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,18 @@ def test_interrupted_it_goes_on(model, processor, tmp_path, monkeypatch, counted
     result = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
     assert sum(counted) - before == 2  # 8 were saved in two files
     torch.testing.assert_close(result[0], direct(model, images), rtol=1e-5, atol=1e-6)
+
+
+def test_where_nothing_can_be_written_it_says_so_and_goes_on(model, processor, tmp_path, monkeypatch, caplog, counted):
+    monkeypatch.setattr("coop_hf.feature_cache._FILE_ROWS", 4)
+    (tmp_path / "features").write_text("a file where the cache wants a folder")
+    images = labelled(pictures(10), processor)
+    result = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    torch.testing.assert_close(result[0], direct(model, images), rtol=1e-5, atol=1e-6)
+    assert len([r for r in caplog.records if "can't be kept" in r.message and "COOP_HF_CACHE" in r.message]) == 1
+    before = sum(counted)
+    assert torch.equal(embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False), result)
+    assert sum(counted) - before == 10
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "garbage", "empty"])

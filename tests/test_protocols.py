@@ -5,103 +5,17 @@ import sys
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import COLOUR_NAMES, COLOUR_OPTIONS
 
-from coop_hf import CoOpModel, sample_few_shot
+from coop_hf import CoOpModel
 from coop_hf import protocols as p
 from coop_hf.baselines import class_embeddings, fit_linear_probe, zero_shot_logits
+from coop_hf.methods import METHODS, Method, Options, Task, draw_few_shot, make_task, select_classes
 
 
-NAMES = ["cat", "dog", "sea", "photo", "of", "cat sea"]
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-OPTIONS = p.Options("a {}.", ("a {}.", "{} of sea."))
-
-
-@pytest.fixture(scope="module")
-def model(base, processor):
-    return CoOpModel(base, class_names=NAMES, processor=processor)
-
-
-def make_splits(names=NAMES, sizes=(6, 4, 8), seed=0):
-    random = np.random.RandomState(seed)
-    colours = np.random.RandomState(7).randint(0, 255, (len(names), 3))
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    splits = {}
-    for part, size in zip(("train", "validation", "test"), sizes):
-        labels = random.permutation(np.arange(len(names)).repeat(size))
-        noise = random.randint(-40, 40, (len(labels), 16, 16, 3))
-        pixels = np.clip(colours[labels][:, None, None] + noise, 0, 255).astype(np.uint8)
-        rows = {"image": [Image.fromarray(x) for x in pixels], "label": labels}
-        splits[part] = datasets.Dataset.from_dict(rows, features=features)
-    return splits
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return make_splits()
-
-
-@pytest.fixture(scope="module")
-def task(model, splits, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COOP_HF_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return p.make_task(model, splits, "colours", progress=False)
-
-
-def test_task_holds_the_embeddings(model, splits, task):
-    embeds, labels = task.parts["test"]
-    pixels = model.image_processor(images=splits["test"]["image"][:], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(embeds, model.get_image_features(pixels), rtol=1e-4, atol=1e-5)
-    assert labels.tolist() == splits["test"]["label"][:] and task.class_names == NAMES
-
-
-def test_draws_are_those_of_sample_few_shot(splits, task):
-    few = p.draw_few_shot(task, 5, seed=3, with_pictures=True)
-    own = sample_few_shot(splits["train"].add_column("row", list(range(36))), 5, seed=3)
-    assert few.rows == own["row"][:] and few.labels.tolist() == own["label"][:]
-    assert few.pictures["label"][:] == own["label"][:]
-    assert torch.equal(few.image_embeds, task.parts["train"][0][few.rows])
-    assert len(few.val_labels) == 6 * 4 and few.val_labels.bincount().tolist() == [4] * 6  # min(shots, 4)
-    rest = sorted(set(range(36)) - set(few.rows))
-    assert torch.equal(few.unlabelled_embeds, task.parts["train"][0][rest])
-
-
-def test_selected_classes_keep_their_row_numbers(splits, task):
-    part = p.select_classes(task, [4, 1], "two")
-    embeds, labels = part.parts["test"]
-    old = task.parts["test"][1]
-    assert part.class_names == ["of", "dog"] and labels.tolist() == [
-        {4: 0, 1: 1}[c] for c in old.tolist() if c in (4, 1)
-    ]
-    assert torch.equal(embeds, task.parts["test"][0][(old == 4) | (old == 1)])
-    few = p.draw_few_shot(part, 2, seed=1, with_pictures=True)
-    assert [splits["train"]["label"][row] for row in few.rows] == [4, 4, 1, 1]
-    assert few.pictures["label"][:] == [0, 0, 1, 1]
-    again = p.select_classes(part, [1, 0])
-    assert [splits["train"]["label"][row] for row in p.draw_few_shot(again, 2, seed=1).rows] == [1, 1, 4, 4]
-
-
-def test_validation_is_held_out_where_there_is_none(model, splits, monkeypatch, tmp_path):
-    monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path))
-    parts = {"train": splits["train"], "test": splits["test"]}
-    task = p.make_task(model, parts, "no validation", progress=False)
-    assert len(task.parts["train"][1]) == 30 and task.parts["validation"][1].bincount().tolist() == [1] * 6
-    few = p.draw_few_shot(task, 5, seed=0)
-    assert [splits["train"]["label"][row] for row in few.rows] == few.labels.tolist()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_wrong_labels(share):
-    labels = torch.arange(5).repeat(40)
-    noisy = p.corrupt_labels(labels, share, 5, seed=1)
-    assert (noisy != labels).sum() == round(share * 200) and noisy.min() >= 0 and noisy.max() < 5
-    if share == 0.25:  # nested
-        wrong = noisy != labels
-        assert torch.equal(noisy[wrong], p.corrupt_labels(labels, 0.5, 5, seed=1)[wrong])
-        assert set((noisy - labels)[wrong].remainder(5).tolist()) == {1, 2, 3, 4}
 
 
 def test_map_classes():
@@ -118,17 +32,17 @@ def test_map_classes():
 def test_few_shot_curve(model, task, tmp_path):
     path = tmp_path / "deep" / "curve.json"
     pytest.importorskip("sklearn")
-    methods = {name: p.METHODS[name] for name in ("zero_shot", "cupl", "linear_probe", "coop")}
+    methods = {name: METHODS[name] for name in ("zero_shot", "cupl", "linear_probe", "coop")}
     lines = []
-    results = p.few_shot_curve(model, task, path, OPTIONS, methods, [1, 2], [1, 2], report=lines.append)
+    results = p.few_shot_curve(model, task, path, COLOUR_OPTIONS, methods, [1, 2], [1, 2], report=lines.append)
     assert len(results["cells"]) == 1 + 4 + 4 == len(lines)  # no CuPL without sentences
     assert json.loads(path.read_text()) == results
     embeds, labels = task.parts["test"]
-    logits = zero_shot_logits(model, class_embeddings(model, None, NAMES, "a {}."), image_embeds=embeds)
+    logits = zero_shot_logits(model, class_embeddings(model, None, COLOUR_NAMES, "a {}."), image_embeds=embeds)
     assert results["cells"][0]["scores"]["accuracy"] == pytest.approx(
         (logits.argmax(1) == labels).float().mean().item()
     )
-    few = p.draw_few_shot(task, 2, seed=1)
+    few = draw_few_shot(task, 2, seed=1)
     probe = fit_linear_probe(few.image_embeds, few.labels, few.val_embeds, few.val_labels)
     (cell,) = [c for c in results["cells"] if c["cell"] == {"method": "linear_probe", "shots": 2, "seed": 1}]
     assert cell["scores"]["accuracy"] == pytest.approx(
@@ -144,13 +58,13 @@ def test_few_shot_curve(model, task, tmp_path):
     for entry in stored["cells"]:
         entry["scores"]["accuracy"] = 0.125
     path.write_text(json.dumps(stored))
-    again = p.few_shot_curve(model, task, path, OPTIONS, methods, [1, 2], [1, 2], report=lines.append)
+    again = p.few_shot_curve(model, task, path, COLOUR_OPTIONS, methods, [1, 2], [1, 2], report=lines.append)
     assert [c["scores"]["accuracy"] for c in again["cells"][:-1]] == [0.125] * 8
     assert again["cells"][-1]["scores"] == removed["scores"]  # the same seed gives the same result
     assert sum("kept" in line for line in lines) == 8
     with pytest.raises(ValueError, match="other settings .options differ"):
-        p.few_shot_curve(model, task, path, p.Options("the {}.", ("a {}.",)), methods, report=lines.append)
-    fresh = p.few_shot_curve(model, task, path, OPTIONS, methods, [1], [1], overwrite=True, report=lines.append)
+        p.few_shot_curve(model, task, path, Options("the {}.", ("a {}.",)), methods, report=lines.append)
+    fresh = p.few_shot_curve(model, task, path, COLOUR_OPTIONS, methods, [1], [1], overwrite=True, report=lines.append)
     assert len(fresh["cells"]) == 3 and len(json.loads(path.read_text())["cells"]) == 3
 
 
@@ -171,92 +85,38 @@ def test_an_interrupted_run_keeps_its_cells(tmp_path):
         p.run_cells(path, {}, cells, compute)
 
 
-def test_coop_learns_in_a_protocol(model, task, tmp_path):
-    torch.manual_seed(5)
-    few = p.draw_few_shot(task, 4, seed=1)
-    predict = p.METHODS["coop_m4"].fit(model, few, OPTIONS)
-    loss = torch.nn.functional.cross_entropy(predict(few.image_embeds, NAMES), few.labels)
-    start = p._make_student(model, few, OPTIONS, n_ctx=4)(image_embeds=few.image_embeds, labels=few.labels).loss
-    assert loss < 0.8 * start
-    assert predict(few.image_embeds, ["dog", "sea"]).shape == (24, 2)
-    torch.manual_seed(6)
-    again = p.METHODS["coop_m4"].fit(model, few, OPTIONS)
-    assert torch.equal(again(few.image_embeds, NAMES), predict(few.image_embeds, NAMES))
-
-
-def test_paper_recipe_trains_on_augmented_pictures(model, task, monkeypatch, tmp_path):
-    monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path))
-    few = p.draw_few_shot(task, 1, seed=1, with_pictures=True)
-    seen = []
-
-    class Trainer(p.CoOpTrainer):
-        def train(self):
-            seen.append((self.args.num_train_epochs, self.args.learning_rate, self.train_dataset.augment))
-
-    monkeypatch.setattr(p, "CoOpTrainer", Trainer)
-    p.METHODS["coop_m4"].fit(model, few, p.Options("a {}.", ("a {}.",), recipe="paper"))
-    assert seen == [(50, 2e-3, True)]
-
-
-def test_other_methods_score_the_classes_they_are_given(model, task, monkeypatch):
-    monkeypatch.setattr(p, "autoprompt", lambda *args, **kwargs: p_autoprompt(*args, **{**kwargs, "num_steps": 1}))
-    options = p.Options("a {}.", ("a {}.",), cupl={name: [f"a {name}"] for name in NAMES})
-    few = p.draw_few_shot(task, 1, seed=1)
-    for name in ("ensemble", "cupl", "autoprompt"):
-        assert p.METHODS[name].fit(model, few, options)(few.image_embeds, ["dog", "sea"]).shape == (6, 2)
-    pytest.importorskip("sklearn")
-    with pytest.raises(ValueError, match="no others"):
-        p.METHODS["linear_probe"].fit(model, few, options)(few.image_embeds, ["dog"])
-
-
-def p_autoprompt(*args, **kwargs):
-    from coop_hf.baselines import autoprompt
-
-    return autoprompt(*args, **kwargs)
-
-
-def test_pet_in_a_protocol_sees_the_rest_of_the_pool(model, task, monkeypatch):
-    calls = []
-    monkeypatch.setattr(p, "fit_pet", lambda *args, **kwargs: calls.append(args))
-    few = p.draw_few_shot(task, 1, seed=1)
-    p.METHODS["pet"].fit(model, few, OPTIONS)
-    ((_, teachers, images, labels, unlabelled),) = calls
-    assert teachers[0] == list(OPTIONS.ensemble) and [t.shape for t in teachers[1:]] == [(6, 24)]
-    assert len(images) == 6 and len(unlabelled) == 30 and torch.equal(labels, few.labels)
-
-
 def test_base_to_new(model, task, tmp_path):
-    methods = {"zero_shot": p.METHODS["zero_shot"], "linear_probe": p.METHODS["linear_probe"]}
-    results = p.base_to_new(model, task, tmp_path / "b.json", OPTIONS, methods, report=lambda line: None)
+    methods = {"zero_shot": METHODS["zero_shot"], "linear_probe": METHODS["linear_probe"]}
+    results = p.base_to_new(model, task, tmp_path / "b.json", COLOUR_OPTIONS, methods, report=lambda line: None)
     (cell,) = results["cells"]  # the linear probe knows no new classes
     embeds, labels = task.parts["test"]
-    logits = zero_shot_logits(model, class_embeddings(model, None, NAMES, "a {}."), image_embeds=embeds)
+    logits = zero_shot_logits(model, class_embeddings(model, None, COLOUR_NAMES, "a {}."), image_embeds=embeds)
     base = (logits[labels < 3][:, :3].argmax(1) == labels[labels < 3]).float().mean().item()
     new = (logits[labels >= 3][:, 3:].argmax(1) == labels[labels >= 3] - 3).float().mean().item()
     assert cell["scores"] == pytest.approx({"base": base, "new": new, "H": 2 * base * new / (base + new)})
     assert results["settings"]["class_names"] == {
-        "colours, base classes": NAMES[:3],
-        "colours, new classes": NAMES[3:],
+        "colours, base classes": COLOUR_NAMES[:3],
+        "colours, new classes": COLOUR_NAMES[3:],
     }
 
 
 def test_domain_generalization_and_transfer(model, task, tmp_path):
     quiet = {"report": lambda line: None}
-    methods = {"zero_shot": p.METHODS["zero_shot"]}
-    other = p.select_classes(task, [1, 0], "others")
-    results = p.domain_generalization(model, task, [other], tmp_path / "d.json", OPTIONS, methods, **quiet)
+    methods = {"zero_shot": METHODS["zero_shot"]}
+    other = select_classes(task, [1, 0], "others")
+    results = p.domain_generalization(model, task, [other], tmp_path / "d.json", COLOUR_OPTIONS, methods, **quiet)
     scores = results["cells"][0]["scores"]
     embeds, labels = other.parts["test"]
     logits = zero_shot_logits(model, class_embeddings(model, None, ["dog", "cat"], "a {}."), image_embeds=embeds)
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     assert list(scores) == ["colours", "others"] and scores["others"] == pytest.approx(accuracy)
-    renamed = p.Task("animals", ["hound", "puss"], other.parts, "x")
+    renamed = Task("animals", ["hound", "puss"], other.parts, "x")
     maps = {"animals": {"dog": "hound", "cat": "puss"}}
     mapped = p.domain_generalization(
-        model, task, [renamed], tmp_path / "m.json", OPTIONS, methods, class_maps=maps, **quiet
+        model, task, [renamed], tmp_path / "m.json", COLOUR_OPTIONS, methods, class_maps=maps, **quiet
     )
     assert mapped["cells"][0]["scores"]["animals"] == pytest.approx(accuracy)
-    transfer = p.cross_dataset_transfer(model, task, [renamed], tmp_path / "t.json", OPTIONS, methods, **quiet)
+    transfer = p.cross_dataset_transfer(model, task, [renamed], tmp_path / "t.json", COLOUR_OPTIONS, methods, **quiet)
     logits = zero_shot_logits(model, class_embeddings(model, None, ["hound", "puss"], "a {}."), image_embeds=embeds)
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     assert transfer["cells"][0]["scores"]["animals"] == pytest.approx(accuracy)
@@ -273,8 +133,8 @@ def test_label_noise_reaches_the_methods(model, task, tmp_path):
         model,
         task,
         tmp_path / "n.json",
-        OPTIONS,
-        {"zero_shot": p.METHODS["zero_shot"], "x": p.Method("x", fit)},
+        COLOUR_OPTIONS,
+        {"zero_shot": METHODS["zero_shot"], "x": Method("x", fit)},
         noise=[0.0, 0.5],
         shots=4,
         seeds=[1],
@@ -282,7 +142,7 @@ def test_label_noise_reaches_the_methods(model, task, tmp_path):
     )
     clean, noisy = seen[0], seen[1]
     assert (clean[0] != noisy[0]).float().mean() == 0.5 and (clean[1] != noisy[1]).float().mean() == 0.5
-    methods = {"zero_shot": p.METHODS["zero_shot"], "x": p.Method("x", fit)}
+    methods = {"zero_shot": METHODS["zero_shot"], "x": Method("x", fit)}
     table = p.scores_by_method(results, methods, "noise")
     assert list(table["x"]) == [0.0, 0.5] and list(table["zero-shot CLIP"]) == [None]
     assert p.results_table(table, [0.0, 0.5]).count("|") == 4 * 4
@@ -292,19 +152,9 @@ def test_choose_template_looks_at_validation(model, task):
     best, scores = p.choose_template(model, task, ["a {}.", "{} of sea."])
     embeds, labels = task.parts["validation"]
     for template, score in scores.items():
-        logits = zero_shot_logits(model, class_embeddings(model, None, NAMES, template), image_embeds=embeds)
+        logits = zero_shot_logits(model, class_embeddings(model, None, COLOUR_NAMES, template), image_embeds=embeds)
         assert score == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert scores[best] == max(scores.values())
-
-
-def test_ablations():
-    methods = p.ablation_methods("an emoji of a {}.")
-    assert set(methods) == set(p.ABLATIONS)
-    assert methods["words"].fit.keywords == {"ctx_init": "an emoji of a"}
-    assert not methods["m16_csc"].any_classes and methods["m16"].any_classes
-    assert "words" not in p.ablation_methods("{}.")
-    with pytest.raises(ValueError, match="no ablation 'm5'"):
-        p.ablation_methods("a {}.", ["m5"])
 
 
 def test_table():
@@ -362,7 +212,7 @@ def test_domain_command(monkeypatch, tmp_path, base_folder, colour_folder, split
     numbers = numbers.cast_column("webp", datasets.Image())
     numbers.save_to_disk(str(target))
     (tmp_path / "names.txt").write_text("puss\nhound\n")
-    maps = {"cat": "puss", **{name: "hound" for name in NAMES[1:]}}
+    maps = {"cat": "puss", **{name: "hound" for name in COLOUR_NAMES[1:]}}
     (tmp_path / "map.json").write_text(json.dumps(maps))
     arguments = ["--targets", target, "--target_image_column", "webp", "--target_label_column", "cls"]
     arguments += ["--target_names_files", f"animals={tmp_path / 'names.txt'}", "--methods", "zero_shot"]
@@ -370,9 +220,11 @@ def test_domain_command(monkeypatch, tmp_path, base_folder, colour_folder, split
     mapped = ["--class_map_files", f"animals={tmp_path / 'map.json'}"]
     out = run_example("domain_generalization.py", *places, *arguments, *mapped)
     (cell,) = json.loads((out / "domain_generalization.json").read_text())["cells"]
-    model = CoOpModel.from_pretrained(base_folder, class_names=NAMES)
-    embeds, _ = p.make_task(model, {"test": splits["test"]}, "x", progress=False).parts["test"]
-    logits = zero_shot_logits(model, class_embeddings(model, None, NAMES, "a photo of a {}."), image_embeds=embeds)
+    model = CoOpModel.from_pretrained(base_folder, class_names=COLOUR_NAMES)
+    embeds, _ = make_task(model, {"test": splits["test"]}, "x", progress=False).parts["test"]
+    logits = zero_shot_logits(
+        model, class_embeddings(model, None, COLOUR_NAMES, "a photo of a {}."), image_embeds=embeds
+    )
     right = (logits.argmax(1).clamp(max=1) == torch.tensor(labels)).float().mean().item()
     assert cell["scores"]["animals"] == pytest.approx(right)
     out = run_example("domain_generalization.py", *places, *arguments, "--transfer")

@@ -1,7 +1,11 @@
 import math
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -399,6 +403,81 @@ def test_a_failed_save_says_so_and_leaves_the_last_checkpoint(base, processor, t
         trainer.train()
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
     read_adapter(tmp_path / "checkpoint-2")
+
+
+class Spoil(TrainerCallback):
+    """Does something to the machine before the checkpoint of step 4 is written."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            self.action()
+
+
+def spoiled(base, processor, folder, action):
+    """Trains with a checkpoint every second step; `action` runs before the second one."""
+    trainer = CoOpTrainer(
+        model=make_model(base, processor),
+        args=arguments(folder, max_steps=6, save_strategy="steps", save_steps=2),
+        train_dataset=embedded(),
+        callbacks=[Spoil(action)],
+    )
+    trainer.train()
+
+
+def test_a_read_only_folder_is_told_and_the_last_checkpoint_is_whole(base, processor, tmp_path):
+    run = Path(tempfile.mkdtemp(prefix="coop_hf_read_only_"))  # a place that another user can reach, too
+    is_root = os.geteuid() == 0  # may write everywhere, so it becomes nobody for a moment
+
+    def lock():
+        run.chmod(0o555)
+        if is_root:
+            os.seteuid(65534)
+
+    try:
+        with pytest.raises(OSError, match="checkpoint-4 could not be written.*Permission denied.*checkpoint-2"):
+            spoiled(base, processor, run, lock)
+    finally:
+        if is_root:
+            os.seteuid(0)
+        run.chmod(0o755)
+    try:
+        assert [p.name for p in run.iterdir() if p.name.startswith(("checkpoint", "."))] == ["checkpoint-2"]
+        assert sorted(os.listdir(run / "checkpoint-2")) == CHECKPOINT_FILES
+        read_adapter(run / "checkpoint-2")
+    finally:
+        shutil.rmtree(run)
+
+
+def test_a_file_that_cannot_grow_is_told_and_the_last_checkpoint_is_whole(base, processor, tmp_path):
+    # The kernel refuses to write beyond the limit, as it does on a full disk.
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="checkpoint-4 could not be written.*checkpoint-2"):
+            spoiled(base, processor, tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    read_adapter(tmp_path / "checkpoint-2")
+
+
+def test_a_folder_that_vanished_is_made_again(base, processor, tmp_path):
+    spoiled(base, processor, tmp_path / "run", lambda: shutil.rmtree(tmp_path / "run"))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoint-6")) == CHECKPOINT_FILES
+
+
+def test_a_folder_that_became_a_file_is_told(base, processor, tmp_path):
+    def replace():
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").write_text("")
+
+    with pytest.raises(OSError, match="checkpoint-4 could not be written.*There is none before it"):
+        spoiled(base, processor, tmp_path / "run", replace)
+    read_adapter(tmp_path / "moved" / "checkpoint-2")
 
 
 def test_the_final_model_is_an_adapter(base_folder, tmp_path):

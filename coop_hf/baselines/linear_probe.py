@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ..config import check_class_names
 from ..hub import find_file
-from ..saving import write_atomically
+from ..saving import save_tensors, write_atomically
 from ..version import __version__
 
 
@@ -125,7 +125,7 @@ class LinearProbe:
         }
         tensors = {"weight": self.weight.detach().cpu().contiguous(), "bias": self.bias.detach().cpu().contiguous()}
         with write_atomically(os.path.join(save_directory, WEIGHTS_NAME)) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
+            save_tensors(tensors, path, metadata={"format": "pt"})
         with write_atomically(os.path.join(save_directory, CONFIG_NAME)) as path:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,361 @@
+"""Where data sets come from: class folders, Parquet files, saved sets, the Hub, and the split files of the CoOp
+benchmark.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import datasets
+
+from .config import some
+
+
+__all__ = ["load_images", "read_coop_split", "read_few_shot_indices"]
+
+IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+
+
+# Files of the CoOp benchmark
+
+
+def _read_json(path, what):
+    path = Path(path).expanduser()
+    if path.suffix in (".pkl", ".pickle"):
+        raise ValueError(
+            f"'{path}' is a pickle, which runs code when it is read, so it is not opened: pass {what} as a .json file."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {what} at '{path}'.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no {what}: it is not JSON ({error}).") from error
+
+
+def read_coop_split(path, image_root, part=None, check_files=True):
+    """
+    The train, validation and test sets of a `split_zhou_*.json` file of the CoOp benchmark.
+
+    The file holds `{"train" | "val" | "test": [[path, label, class name], ...]}`, with paths relative to `image_root`.
+    Pictures are not opened.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The split file.
+        image_root (`str` or `os.PathLike`):
+            Folder that the paths in the file start from, such as `caltech-101/101_ObjectCategories`.
+        part (`str`, *optional*):
+            Return only `"train"`, `"validation"` (or `"val"`) or `"test"`.
+        check_files (`bool`, *optional*, defaults to `True`):
+            Whether to check that each picture exists. Turn it off on slow network disks.
+
+    Returns:
+        `datasets.DatasetDict` or, with `part`, `datasets.Dataset`: columns `image` (`datasets.Image`) and `label`
+        (`ClassLabel`, names in the order of the labels), rows in the order of the file.
+
+    Raises:
+        FileNotFoundError: if the file, the folder or pictures are missing.
+        ValueError: if the file has another format, or labels and class names contradict each other.
+    """
+    what = "CoOp split file"
+    content = _read_json(path, what)
+    form = f"'{path}' is no {what}, which holds {{'train', 'val', 'test': [[path, label, class name], ...]}}"
+    if not isinstance(content, dict) or not content or set(content) - {"train", "val", "test"}:
+        found = f"the keys {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{form}: it holds {found}.")
+    root = Path(image_root).expanduser().absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder '{root}': pass as `image_root` the folder that paths in the split file start from."
+        )
+
+    name_of, label_of = {}, {}
+    for key, entries in content.items():
+        for position, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+            types = [type(item) for item in entry] if isinstance(entry, list) else None
+            if types != [str, int, str]:
+                raise ValueError(f"{form}: entry {position} of '{key}' is {str(entry)[:100]}.")
+            _, label, name = entry
+            if name_of.setdefault(label, name) != name:
+                raise ValueError(
+                    f"'{path}': label {label} stands for '{name_of[label]}', but in entry {position} of '{key}' for "
+                    f"'{name}'. A label needs one class name: correct the file."
+                )
+            if label_of.setdefault(name, label) != label:
+                raise ValueError(
+                    f"'{path}': class name '{name}' has the label {label_of[name]}, but {label} in entry {position} "
+                    f"of '{key}'. A class name needs one label: correct the file."
+                )
+    gaps = sorted(set(range(len(name_of))) - set(name_of))
+    if gaps or not name_of:
+        raise ValueError(
+            f"'{path}': labels must be 0, 1, ... without gaps; {len(name_of)} labels occur, and {some(gaps)} are "
+            "missing among them: correct the file."
+        )
+
+    wanted = None if part is None else SPLIT_NAMES.get(part)
+    parts = {SPLIT_NAMES[key]: entries for key, entries in content.items()}
+    if part is not None and wanted not in parts:
+        raise ValueError(f"`part` is '{part}', but '{path}' has {some(parts)}.")
+    if wanted is not None:
+        parts = {wanted: parts[wanted]}
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=[name_of[label] for label in range(len(name_of))]),
+        }
+    )
+    result, missing = datasets.DatasetDict(), []
+    for key, entries in parts.items():
+        files = [os.path.join(root, file) for file, _, _ in entries]
+        if check_files:
+            missing += [file for file in files if not os.path.isfile(file)]
+        labels = [label for _, label, _ in entries]
+        result[key] = datasets.Dataset.from_dict({"image": files, "label": labels}, features=features)
+    if missing:
+        total = sum(len(entries) for entries in parts.values())
+        raise FileNotFoundError(
+            f"{len(missing)} of {total} pictures of '{path}' are not under '{root}', such as '{missing[0]}': check "
+            "`image_root`, or unpack the data set again. (`check_files=False` skips this check.)"
+        )
+    return result if wanted is None else result[wanted]
+
+
+def read_few_shot_indices(path, dataset):
+    """
+    The few-shot training and validation sets that a `shot_{K}-seed_{S}.json` file draws from a split file's sets.
+
+    These files fix which pictures the public CoOp code draws (K a class for training, at most 4 for validation):
+    `{"train" | "val": {"indices": [...], "data": [{"impath", "label", "classname"}, ...]}}`, where the indices point
+    into the part of the split file, and the data repeat what stands there. Both are compared, so that a file for
+    another split cannot pass.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The index file.
+        dataset (`datasets.DatasetDict`):
+            What [`read_coop_split`] returned for the split file that the indices point into.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and, where the file has it, `validation`; rows in the order of the file.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it has another format or belongs to another split.
+
+    Example:
+
+    ```python
+    >>> split = read_coop_split("split_zhou_Caltech101.json", "caltech-101/101_ObjectCategories")
+    >>> train = read_few_shot_indices("shot_16-seed_1.json", split)["train"]
+    ```
+    """
+    what = "few-shot index file"
+    content = _read_json(path, what)
+    form = f"'{path}' is no {what}, which holds {{'train', 'val': {{'indices': [...], 'data': [...]}}}}"
+    if not isinstance(content, dict) or "train" not in content or set(content) - {"train", "val", "test"}:
+        raise ValueError(f"{form}: it holds {some(content) if isinstance(content, dict) else type(content)}.")
+    if not isinstance(dataset, dict):
+        raise TypeError(
+            f"`dataset` must be the DatasetDict that `read_coop_split` returns, got {type(dataset).__name__}."
+        )
+    result = datasets.DatasetDict()
+    for key, entry in content.items():
+        name = SPLIT_NAMES[key]
+        try:
+            indices, data = entry["indices"], entry["data"]
+            expected = [(item["classname"], item["label"], re.split(r"[/\\]", item["impath"])[-1]) for item in data]
+            well_formed = all(type(index) is int for index in indices) and len(indices) == len(data)
+        except (TypeError, KeyError, AttributeError):
+            well_formed = False
+        if not well_formed:
+            raise ValueError(f"{form}, one index for each entry of 'data': the part '{key}' does not.")
+        if name not in dataset:
+            raise ValueError(f"'{path}' has indices for '{name}', but the data set has only {some(dataset)}.")
+        size = len(dataset[name])
+        outside = [index for index in indices if not 0 <= index < size]
+        if outside:
+            raise ValueError(
+                f"'{path}' has index {outside[0]} for '{name}', which has {size} rows: it belongs to another split."
+            )
+        part = dataset[name].select(indices)
+        names = part.features["label"].names
+        rows = part.cast_column("image", datasets.Image(decode=False))[:]
+        for index, label, image, wanted in zip(indices, rows["label"], rows["image"], expected):
+            found = (names[label], label, os.path.basename(image["path"] or ""))
+            if found != wanted:
+                raise ValueError(
+                    f"'{path}' expects {wanted} (class name, label, file) at index {index} of '{name}', where the "
+                    f"data set has {found}: it belongs to another split file."
+                )
+        result[name] = part
+    return result
+
+
+# Loading
+
+
+def _visible(folder, keep):
+    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__")) and keep(p))
+
+
+def _is_picture(path):
+    return path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
+
+
+def _split_folders(folder, subfolders):
+    """`{split: subfolder}` where all subfolders are named as splits, else one split, the folder itself."""
+    if not subfolders or any(path.name.lower() not in SPLIT_NAMES for path in subfolders):
+        return {"train": folder}
+    splits = {}
+    for path in subfolders:
+        split = SPLIT_NAMES[path.name.lower()]
+        if split in splits:
+            raise ValueError(f"'{splits[split]}' and '{path}' would both be the split '{split}': merge them.")
+        splits[split] = path
+    return splits
+
+
+def _load_class_folders(folder):
+    """
+    Pictures in class folders, labelled by folder.
+
+    Not left to the "imagefolder" builder: it guesses splits from words in file and folder names (a class called
+    "train", or files called `cat_test_1.png`), and then silently leaves out the other pictures and the labels.
+    """
+    splits = _split_folders(folder, _visible(folder, Path.is_dir))
+    for root in {folder, *splits.values()}:
+        loose = _visible(root, _is_picture)
+        if loose:
+            raise ValueError(
+                f"'{loose[0]}' lies in no class folder ({len(loose)} such pictures in '{root}'): put the pictures of "
+                "each class into a folder with its name."
+            )
+    found, names = {}, set()
+    for split, root in splits.items():
+        found[split] = []
+        for class_folder in _visible(root, Path.is_dir):
+            nested = [p for p in class_folder.rglob("*") if _is_picture(p) and p.parent != class_folder]
+            if nested:
+                raise ValueError(
+                    f"'{nested[0]}' lies deeper than its class folder '{class_folder}'. Expected "
+                    "<folder>/<class>/<picture> or <folder>/<train|validation|test>/<class>/<picture>: pass the "
+                    "folder directly above the class folders, or move the pictures."
+                )
+            names.add(class_folder.name)
+            found[split] += [(str(p), class_folder.name) for p in _visible(class_folder, _is_picture)]
+    names = sorted(names)
+    empty = sorted(set(names) - {name for rows in found.values() for _, name in rows})
+    if empty or not names:
+        raise ValueError(
+            f"No pictures ({', '.join(IMAGE_EXTENSIONS)}) in "
+            + (f"the class folders {some(empty)} of '{folder}': fill or remove them." if empty else f"'{folder}'.")
+        )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {"image": [file for file, _ in rows], "label": [name for _, name in rows]}, features=features
+            )
+            for split, rows in found.items()
+        }
+    )
+
+
+def _parquet_splits(files, root):
+    """`{split: [file]}`, by the first word of a file's name or by its folder's; all "train" where none is a split."""
+    splits = {}
+    for file in files:
+        word = re.split(r"[-._]", file.name.lower())[0]
+        folder = file.parent.name.lower() if file.parent != root else ""
+        splits.setdefault(SPLIT_NAMES.get(word) or SPLIT_NAMES.get(folder), []).append(str(file))
+    if None in splits and len(splits) > 1:
+        raise ValueError(
+            f"'{splits[None][0]}' belongs to no split, while others are of {some(key for key in splits if key)}: "
+            "rename it to train-*.parquet, validation-*.parquet or test-*.parquet."
+        )
+    return {"train": splits[None]} if None in splits else splits
+
+
+def load_images(name_or_path, split=None, **kwargs):
+    """
+    Labelled pictures from what is on disk or, only if nothing is, from the Hub.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            One of, in this order:
+
+            - a folder written by `save_to_disk`;
+            - a `.parquet` file, or a folder of them, named by split (`train-*.parquet`, `test/*.parquet`);
+            - a folder with a `metadata.csv` or `.jsonl`, as the "imagefolder" builder reads it;
+            - a folder of class folders, or of `train`, `validation`, `test` folders that hold class folders;
+            - the id of a data set on the Hub.
+        split (`str`, *optional*):
+            Return only this split.
+        kwargs (*optional*):
+            Passed to `datasets.load_dataset` for a data set on the Hub (`name`, `revision`, `token`, ...).
+
+    Returns:
+        `datasets.DatasetDict` or, with `split` or where only one unnamed set was saved, `datasets.Dataset`.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, nor such a data set on the Hub.
+        ValueError: if the folder cannot be read as labelled pictures, or has no such split.
+    """
+    path = Path(name_or_path).expanduser().absolute()
+    if not path.exists():
+        name = str(name_or_path)
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.endswith(".parquet"):
+            raise FileNotFoundError(f"There is no file or folder '{path}'.")
+        try:
+            return datasets.load_dataset(name, split=split, **kwargs)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"'{name}' is no file or folder (there is no '{path}'), nor could it be loaded from the Hub: {error}"
+            ) from error
+    if kwargs:
+        raise TypeError(f"{some(kwargs)} are for data sets on the Hub, but '{path}' is on this disk: leave them out.")
+
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"'{path}' is a file, but no .parquet file: pass a .parquet file or a folder.")
+        loaded = datasets.load_dataset("parquet", data_files=_parquet_splits([path], path.parent))
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+    else:
+        files = sorted(p for g in ("*.parquet", "*/*.parquet") for p in path.glob(g) if p.name not in METADATA_FILES)
+        subfolders = _visible(path, Path.is_dir)
+        if files:
+            loaded = datasets.load_dataset("parquet", data_files=_parquet_splits(files, path))
+        elif any((folder / name).is_file() for folder in (path, *subfolders) for name in METADATA_FILES):
+            patterns = {
+                key: "**" if folder == path else f"{folder.name}/**"
+                for key, folder in _split_folders(path, subfolders).items()
+            }
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(path), data_files=patterns)
+        else:
+            loaded = _load_class_folders(path)
+
+    if split is None:
+        return loaded
+    if not isinstance(loaded, dict):
+        raise ValueError(f"'{path}' holds one set without splits, so there is no split '{split}': leave `split` out.")
+    if split not in loaded:
+        raise ValueError(f"'{path}' has no split '{split}'; it has {some(loaded)}.")
+    return loaded[split]

@@ -1,0 +1,254 @@
+import copy
+import json
+import os
+
+import datasets
+import numpy as np
+import pytest
+from conftest import SHARED, image_dataset, picture
+
+from coop_hf.data import resolve_labels
+from coop_hf.sources import load_images, read_coop_split, read_few_shot_indices
+
+
+needs_splits = pytest.mark.skipif(not (SHARED / "splits").is_dir(), reason="no ../shared/data/splits here")
+
+
+# Files of the CoOp benchmark
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    content = {
+        key: [[f"{key}_{i}.jpg", i % 2, ["face", "yin_yang"][i % 2]] for i in range(size)]
+        for key, size in (("train", 6), ("val", 4), ("test", 2))
+    }
+    for entries in content.values():
+        for file, _, _ in entries:
+            (tmp_path / "pictures" / file).write_bytes(b"never decoded")
+    return tmp_path, content
+
+
+def test_read_coop_split(benchmark):
+    folder, content = benchmark
+    path = write(folder / "split.json", content)
+    split = read_coop_split(path, folder / "pictures")
+    assert {name: len(part) for name, part in split.items()} == {"train": 6, "validation": 4, "test": 2}
+    assert split["train"].features["label"].names == ["face", "yin_yang"]
+    row = split["test"].cast_column("image", datasets.Image(decode=False))[1]
+    assert row == {"image": {"bytes": None, "path": str(folder / "pictures" / "test_1.jpg")}, "label": 1}
+    for part in ("val", "validation"):
+        assert read_coop_split(path, folder / "pictures", part=part)["label"][:] == [0, 1, 0, 1]
+
+
+def test_bad_coop_splits(benchmark):
+    folder, content = benchmark
+    root = folder / "pictures"
+    path = write(folder / "split.json", content)
+
+    def fails(error, message, change=None, **options):
+        changed = copy.deepcopy(content)
+        if change:
+            change(changed)
+        with pytest.raises(error, match=message):
+            read_coop_split(write(path, changed), **{"image_root": root, **options})
+
+    fails(FileNotFoundError, "There is no folder.*image_root", image_root=folder / "none")
+    fails(ValueError, "`part` is 'dev2', but.*'train', 'validation', 'test'", part="dev2")
+    fails(ValueError, "keys 'annotations'", lambda c: (c.clear(), c.update(annotations=[])))
+    fails(ValueError, "entry 2 of 'train' is", lambda c: c["train"].__setitem__(2, ["a.jpg", "0", "face"]))
+    fails(ValueError, "entry 0 of 'val' is", lambda c: c.update(val=3))
+    fails(ValueError, "label 0 stands for 'face'.*'cup'", lambda c: c["val"].__setitem__(0, ["val_0.jpg", 0, "cup"]))
+    fails(ValueError, "'face' has the label 0, but 5", lambda c: c["val"].__setitem__(0, ["val_0.jpg", 5, "face"]))
+    fails(ValueError, "2 are missing", lambda c: c["val"].append(["val_0.jpg", 3, "cup"]))
+    fails(FileNotFoundError, "1 of 13 pictures.*gone.jpg", lambda c: c["val"].append(["gone.jpg", 0, "face"]))
+    fails(ValueError, "no CoOp split file", lambda c: c.update(train=[], val=[], test=[]) or c.update(extra=1))
+    with pytest.raises(FileNotFoundError, match="There is no CoOp split file at"):
+        read_coop_split(folder / "none.json", root)
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_coop_split(write(path, "{"), root)
+    with pytest.raises(ValueError, match="a list"):
+        read_coop_split(write(path, []), root)
+    with pytest.raises(ValueError, match="is a pickle"):
+        read_coop_split("split.pkl", root)
+
+
+def few_shot_file(content, train, val):
+    return {
+        key: {
+            "indices": indices,
+            "data": [
+                {"impath": f"./data/x/{f}", "label": y, "classname": n}
+                for f, y, n in (content[key][i] for i in indices)
+            ],
+        }
+        for key, indices in (("train", train), ("val", val))
+    }
+
+
+def test_read_few_shot_indices(benchmark):
+    folder, content = benchmark
+    split = read_coop_split(write(folder / "split.json", content), folder / "pictures")
+    few = few_shot_file(content, [4, 1], [0, 3])
+    found = read_few_shot_indices(write(folder / "shot_1-seed_1.json", few), split)
+    files = [x["path"] for x in found["train"].cast_column("image", datasets.Image(decode=False))["image"]]
+    assert [os.path.basename(file) for file in files] == ["train_4.jpg", "train_1.jpg"]
+    assert found["train"]["label"][:] == [0, 1] and found["validation"]["label"][:] == [0, 1]
+
+    def fails(message, change):
+        changed = copy.deepcopy(few)
+        change(changed)
+        with pytest.raises(ValueError, match=message):
+            read_few_shot_indices(write(folder / "bad.json", changed), split)
+
+    fails("expects .*train_4.jpg.* at index 2 of 'train'", lambda c: c["train"]["indices"].__setitem__(0, 2))
+    fails("index 6 for 'train', which has 6 rows", lambda c: c["train"]["indices"].__setitem__(0, 6))
+    fails("expects \\('cup', 0", lambda c: c["train"]["data"][0].update(classname="cup"))
+    fails("part 'train' does not", lambda c: c["train"]["indices"].pop())
+    fails("part 'val' does not", lambda c: c.update(val=[]))
+    fails("no few-shot index file", lambda c: c.pop("train"))
+    with pytest.raises(TypeError, match="must be the DatasetDict"):
+        read_few_shot_indices(folder / "shot_1-seed_1.json", split["train"])
+    with pytest.raises(ValueError, match="indices for 'validation'.*only 'train'"):
+        read_few_shot_indices(folder / "shot_1-seed_1.json", datasets.DatasetDict(train=split["train"]))
+
+
+@needs_splits
+def test_real_split_and_index_files(tmp_path):
+    folder = SHARED / "splits"
+    for name, sizes, classes in (
+        ("Caltech101", {"train": 4128, "validation": 1649, "test": 2465}, 100),
+        ("OxfordPets", {"train": 2944, "validation": 736, "test": 3669}, 37),
+    ):
+        split = read_coop_split(folder / f"split_zhou_{name}.json", tmp_path, check_files=False)
+        assert {key: len(part) for key, part in split.items()} == sizes
+        assert split["train"].features["label"].num_classes == classes
+        with pytest.raises(FileNotFoundError, match=f"{sum(sizes.values())} of {sum(sizes.values())} pictures"):
+            read_coop_split(folder / f"split_zhou_{name}.json", tmp_path)
+    caltech = read_coop_split(folder / "split_zhou_Caltech101.json", tmp_path, check_files=False)
+    for shots in (1, 16):
+        file = folder / "indices_caltech101" / f"shot_{shots}-seed_2.json"
+        few = read_few_shot_indices(file, caltech)
+        assert np.bincount(few["train"]["label"][:]).tolist() == [shots] * 100
+        assert np.bincount(few["validation"]["label"][:]).tolist() == [min(shots, 4)] * 100
+        raw = json.loads(file.read_text())["train"]["data"]
+        paths = [x["path"] for x in few["train"].cast_column("image", datasets.Image(decode=False))["image"]]
+        assert [os.path.relpath(p, tmp_path) for p in paths] == ["/".join(x["impath"].split("/")[-2:]) for x in raw]
+    with pytest.raises(ValueError, match="belongs to another split"):
+        read_few_shot_indices(
+            folder / "indices_caltech101" / "shot_1-seed_1.json",
+            read_coop_split(folder / "split_zhou_OxfordPets.json", tmp_path, check_files=False),
+        )
+
+
+# Loading
+
+
+def class_folders(root, names, files=("a_1.png", "b_test_2.png")):
+    for i, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for j, file in enumerate(files):
+            picture(10 * i + j).save(root / name / file)
+    return root
+
+
+def test_load_class_folders(tmp_path):
+    # A class called "train", files called "_test_", characters of glob patterns: nothing may get lost.
+    root = class_folders(tmp_path / "my [pictures] *", ["dog", "cat", "train"])
+    (root / ".hidden").mkdir()
+    loaded = load_images(root)
+    assert list(loaded) == ["train"] and len(loaded["train"]) == 6
+    assert loaded["train"].features["label"].names == ["cat", "dog", "train"]
+    assert loaded["train"]["label"][:] == [0, 0, 1, 1, 2, 2]
+    assert np.array_equal(loaded["train"][0]["image"], picture(10))
+    assert len(load_images(str(root), split="train")) == 6
+
+
+def test_load_split_folders(tmp_path):
+    class_folders(tmp_path / "train", ["cat", "dog"])
+    class_folders(tmp_path / "val", ["dog"])
+    loaded = load_images(tmp_path)
+    assert {key: len(part) for key, part in loaded.items()} == {"train": 4, "validation": 2}
+    assert loaded["validation"].features["label"].names == ["cat", "dog"]
+    assert loaded["validation"]["label"][:] == [1, 1]
+    with pytest.raises(ValueError, match="has no split 'test'; it has 'train', 'validation'"):
+        load_images(tmp_path, split="test")
+
+
+def test_load_saved_and_parquet(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset = image_dataset(6)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "two")
+    assert load_images(tmp_path / "one").features == dataset.features
+    assert list(load_images(tmp_path / "two")) == ["train", "test"]
+    with pytest.raises(ValueError, match="one set without splits"):
+        load_images(tmp_path / "one", split="train")
+
+    (tmp_path / "files").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test"):
+        dataset.to_parquet(tmp_path / "files" / f"{name}.parquet")
+    loaded = load_images(tmp_path / "files")
+    assert {key: len(part) for key, part in loaded.items()} == {"train": 12, "test": 6}
+    assert loaded["test"].features == dataset.features
+    assert np.array_equal(loaded["test"][2]["image"], picture(2))
+    assert list(load_images(tmp_path / "files" / "test.parquet")) == ["test"]
+    dataset.to_parquet(tmp_path / "files" / "other.parquet")
+    with pytest.raises(ValueError, match="other.parquet' belongs to no split"):
+        load_images(tmp_path / "files")
+
+
+def test_load_metadata_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "x").mkdir()
+    picture(1).save(tmp_path / "x" / "p.png")
+    write(tmp_path / "x" / "metadata.csv", "file_name,species\np.png,owl\n")
+    loaded = load_images(tmp_path / "x")["train"]
+    assert loaded["species"][:] == ["owl"] and resolve_labels(loaded, "species")[0] == ["owl"]
+
+
+def test_load_asks_the_hub_only_for_what_is_not_on_disk(tmp_path, monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_images(class_folders(tmp_path / "pictures", ["cat"]))
+    for name in (tmp_path / "none", "./none", "a/b/c", "none.parquet", "~/none"):
+        with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+            load_images(name)
+    assert not calls
+    with pytest.raises(FileNotFoundError, match="'owner/pets' is no file or folder.*nor.*from the Hub: offline"):
+        load_images("owner/pets", split="train", revision="main")
+    assert calls == [(("owner/pets",), {"split": "train", "revision": "main"})]
+
+
+def test_bad_folders(tmp_path):
+    root = class_folders(tmp_path / "r", ["cat", "dog"])
+    with pytest.raises(TypeError, match="'revision' are for data sets on the Hub"):
+        load_images(root, revision="main")
+    picture(1).save(root / "loose.png")
+    with pytest.raises(ValueError, match="loose.png' lies in no class folder"):
+        load_images(root)
+    (root / "loose.png").unlink()
+    (root / "cow").mkdir()
+    with pytest.raises(ValueError, match="class folders 'cow' of"):
+        load_images(root)
+    with pytest.raises(ValueError, match="lies deeper than its class folder"):
+        load_images(tmp_path)
+    with pytest.raises(ValueError, match="No pictures"):
+        load_images(root / "cow")
+    with pytest.raises(ValueError, match="is a file, but no .parquet"):
+        load_images(write(tmp_path / "x.txt", ""))
+    class_folders(tmp_path / "s" / "val", ["cat"])
+    class_folders(tmp_path / "s" / "dev", ["cat"])
+    with pytest.raises(ValueError, match="would both be the split 'validation'"):
+        load_images(tmp_path / "s")
