@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils import ModelOutput
 
-from .config import ADAPTER_CONFIG_NAME, CoOpConfig, is_int, check_class_names, clean_class_name
+from .config import ADAPTER_CONFIG_NAME, CoOpConfig, check_class_names, clean_class_name, is_int
 from .context import init_context, num_context_tokens
 from .hub import find_file, has_file, hub_errors, is_hub_id, push_to_hub
 from .model_card import write_card
