@@ -1,6 +1,6 @@
 """The paper's recipe against the fast one on the embedded default: accuracy and time over shots and seeds.
 
-    python benchmarks/recipes.py --output recipes.json
+    python benchmarks/recipes.py --output recipes.json --plot recipes.png
 
 Both learn from the same cached embeddings and are tested on the same pictures. The paper's recipe sees a new augmented
 view of each picture in every epoch; embedding those views is timed too, since the fast recipe does without.
@@ -27,6 +27,7 @@ from coop_hf import (
     load_emoji,
     sample_few_shot,
 )
+from coop_hf.plotting import plot_few_shot_curves
 from coop_hf.training_args import paper_epochs
 
 
@@ -37,7 +38,8 @@ def main() -> None:
     parser.add_argument("--style", default="fluent-flat")
     parser.add_argument("--part", default="test", choices=["validation", "test"])
     parser.add_argument("--recipes", nargs="+", default=["paper", "fast"])
-    parser.add_argument("--output")
+    parser.add_argument("--output", help="JSON file")
+    parser.add_argument("--plot", help="PNG file; needs matplotlib")
     args = parser.parse_args()
 
     data = load_emoji(args.style)
@@ -113,6 +115,12 @@ def main() -> None:
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=2)
+    if args.plot:
+        curves = {}
+        for cell in cells:
+            by_shots = curves.setdefault(f"{cell['recipe']} recipe", {})
+            by_shots.setdefault(cell["shots"], []).append(cell["accuracy"])
+        plot_few_shot_curves(curves, args.plot, title=f"unified context, M=16, {args.style}")
 
 
 if __name__ == "__main__":

@@ -335,8 +335,17 @@ def _fit_probe(model, shots, options):
 
 
 def _fit_autoprompt(model, shots, options):
+    """Starts from the words of the hand-written prompt, or without any from four random ones."""
+    words = options.template.split("{}")[0].strip() or None
     prompt = autoprompt(
-        model, shots.image_embeds, shots.labels, shots.class_names, num_tokens=4, num_steps=16, seed=shots.seed
+        model,
+        shots.image_embeds,
+        shots.labels,
+        shots.class_names,
+        init=words,
+        objective="accuracy",
+        num_steps=32,
+        seed=shots.seed,
     )
     return _from_texts(model, lambda names: class_embeddings(model, None, names, prompt.template))
 
@@ -416,7 +425,7 @@ METHODS = {
     "ensemble": Method("prompt ensemble", _fit_ensemble, learns=False),
     "cupl": Method("CuPL", _fit_cupl, learns=False),
     "linear_probe": Method("linear probe", _fit_probe, any_classes=False),
-    "autoprompt": Method("AutoPrompt M=4", _fit_autoprompt),
+    "autoprompt": Method("AutoPrompt from the template", _fit_autoprompt),
     "pet": Method("PET, student M=16", _fit_pet),
     "coop": coop_method("CoOp M=16", n_ctx=16),
     "coop_m4": coop_method("CoOp M=4", n_ctx=4),

@@ -102,7 +102,7 @@ def plot_few_shot_curves(
             rows.append([method, int(shots), points[-1][1], std, len(values)])
         curves[method] = np.array(points, dtype=float).reshape(-1, 3)
 
-    figure = _new_figure(5.6, 4.2)
+    figure = _new_figure(5.6 if len(curves) + len(stars) <= 4 else 7.8, 4.2)
     axes = figure.add_subplot()
     for index, (method, points) in enumerate(curves.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -123,7 +123,8 @@ def plot_few_shot_curves(
     if title:
         axes.set_title(title)
     _tidy(axes)
-    axes.legend(frameon=False, fontsize=9)
+    many = len(curves) + len(stars) > 4  # there is no room for them between the curves
+    axes.legend(frameon=False, fontsize=9, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}))
     return _write(figure, path, ["method", "shots", "mean", "std", "seeds"], rows)
 
 

@@ -26,8 +26,9 @@ RECIPES = {
     },
 }
 # Adam moves every value by about the learning rate, whatever the gradient's size: what is right depends on how large
-# the values are that the context stands beside. In units of the token embeddings' root mean square:
-FAST_LEARNING_RATE = 0.3
+# the values are that the context stands beside. In units of the token embeddings' root mean square; on the validation
+# part of the emoji, accuracy is the same from 0.3 to 1.
+FAST_LEARNING_RATE = 0.6
 PAPER_WARMUP_LR = 1e-5  # constant during the first epoch
 
 
@@ -51,7 +52,7 @@ class CoOpTrainingArguments(TrainingArguments):
             and weight decay 5e-4; batches of 32; 50, 100 or 200 epochs by number of shots (`paper_epochs`); a cosine
             that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views.
             `"fast"`: the same loss, all pictures at every step, Adam with a cosine over 200 steps from a learning rate
-            of 0.3 times the root mean square of the token embeddings, on cached embeddings of the plain views.
+            of 0.6 times the root mean square of the token embeddings, on cached embeddings of the plain views.
         num_shots (`int`, *optional*, defaults to the largest class of the training set):
             Shots that the paper's number of epochs goes by.
         cache_features (`bool`, *optional*, defaults to `True`):

@@ -30,7 +30,7 @@ from coop_hf import (
 
 
 # For the embedded default, chosen on its validation part: the best of 15 hand-written prompts, and a context.
-EMOJI_TEMPLATE = "a picture of a {}."
+EMOJI_TEMPLATE = "an emoji of a {}."
 EMOJI_CONTEXT = {"class_specific": True, "n_ctx": 4}
 
 

@@ -169,3 +169,21 @@ def test_errors(model, examples, words, tokenizer):
     pieces = [i for i in range(300, 900) if i not in typable]
     with pytest.raises(ValueError, match="not tokenised back"):
         autoprompt(model, images, labels, num_steps=1, vocabulary=pieces)
+
+
+def test_the_objective_accuracy_counts_wrong_pictures(model, examples, words):
+    images, labels = examples
+    search = _Search(model, None, "end", 2, images, labels)
+    candidates = [[a, b] for a in words[:3] for b in words[:3]]
+    losses = search.losses(candidates, slice(None), 4)
+    scores = search.losses(candidates, slice(None), 4, "accuracy")
+    for ids, loss, score in zip(candidates, losses.tolist(), scores.tolist()):
+        expected_loss, accuracy = search.score(search.rows(ids))
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+        assert int(score) == round((1 - accuracy) * len(labels))
+        assert score - int(score) == pytest.approx(loss / (1 + loss), abs=1e-4)
+    start = search.result(candidates[0])
+    found = autoprompt(model, images, labels, init=start.text, vocabulary=words, objective="accuracy", num_steps=12)
+    assert found.accuracy >= start.accuracy and found.history[-1]["loss"] < len(labels)
+    with pytest.raises(ValueError, match="'loss' or 'accuracy'"):
+        autoprompt(model, images, labels, objective="f1")

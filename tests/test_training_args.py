@@ -41,7 +41,7 @@ def test_the_fast_recipe_takes_all_pictures_at_once(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast")
     args.complete(321, 16, 20, 0.02)
     assert args.per_device_train_batch_size == 321 and args.max_steps > 0
-    assert args.learning_rate == pytest.approx(0.3 * 0.02)  # in units of the token embeddings
+    assert args.learning_rate == pytest.approx(0.6 * 0.02)  # in units of the token embeddings
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast", num_train_epochs=7)
     args.complete(321, 16, 20, 0.02)
     assert args.max_steps == -1 and args.num_train_epochs == 7

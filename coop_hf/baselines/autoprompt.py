@@ -22,6 +22,7 @@ from ..modeling import CoOpModel
 from ..prompts import encode_words, make_layout, special_token_ids
 from ..shared_prefix import SharedPrefixPass
 from ..text_tower import plain_text_features
+from .zero_shot import get_tokenizer
 
 
 __all__ = ["DiscretePrompt", "autoprompt", "project_context", "prompt_vocabulary"]
@@ -42,7 +43,8 @@ class DiscretePrompt:
         accuracy (`float`): accuracy on them, a fraction.
         learned_accuracy (`float`, *optional*): for a projected context, the accuracy of its learned vectors.
         distances (`list[float]`, *optional*): for a projected context, how far each word is from its vector.
-        history (`list[dict]`, *optional*): of a search: every step as `{"step", "slot", "token", "loss", "accepted"}`.
+        history (`list[dict]`, *optional*): of a search: every step as `{"step", "slot", "token", "loss", "accepted"}`;
+            `loss` is the value of the objective.
         seed (`int`, *optional*): of the search.
     """
 
@@ -164,16 +166,19 @@ class _Search:
         return loss.item(), context.grad.detach()
 
     @torch.no_grad()
-    def losses(self, candidates: list[list[int]], examples, batch_size: int) -> torch.Tensor:
-        """The exact loss of each candidate prompt, `batch_size` of them in one text pass."""
+    def losses(self, candidates: list[list[int]], examples, batch_size: int, objective: str = "loss") -> torch.Tensor:
+        """What is to be minimised, exactly, for each candidate prompt, `batch_size` of them in one text pass."""
         scale, labels, images = self.model.logit_scale, self.labels[examples], self.image_embeds[examples]
         losses = []
         for start in range(0, len(candidates), batch_size):
             batch = candidates[start : start + batch_size]
             features = F.normalize(self._features(batch).float(), dim=-1)
             logits = scale * torch.einsum("nd,kcd->knc", images, features)
-            losses.append(F.cross_entropy(logits.transpose(1, 2), labels.expand(len(batch), -1), reduction="none"))
-        return torch.cat(losses).mean(dim=1)
+            loss = F.cross_entropy(logits.transpose(1, 2), labels.expand(len(batch), -1), reduction="none").mean(dim=1)
+            if objective == "accuracy":  # wrong pictures; among prompts with equally many the loss, squeezed below 1
+                loss = (logits.argmax(dim=2) != labels).sum(dim=1) + loss / (1 + loss)
+            losses.append(loss)
+        return torch.cat(losses)
 
     def _features(self, candidates) -> torch.Tensor:
         """Class embeddings `(candidates, num_classes, projection_dim)`."""
@@ -223,7 +228,7 @@ def autoprompt(
     image_embeds: torch.Tensor,
     labels: torch.Tensor,
     class_names: list[str] | None = None,
-    num_tokens: int = 4,
+    num_tokens: int | None = None,
     class_token_position: str = "end",
     num_steps: int = 50,
     top_k: int = 32,
@@ -231,6 +236,7 @@ def autoprompt(
     candidate_batch_size: int | None = None,
     vocabulary: list[int] | None = None,
     init: str | None = None,
+    objective: str = "loss",
     seed: int = 0,
     progress: bool = False,
 ) -> DiscretePrompt:
@@ -241,7 +247,7 @@ def autoprompt(
         image_embeds (`torch.Tensor`): `(num_examples, projection_dim)`, cached image features, normalised or not.
         labels (`torch.Tensor`): `(num_examples,)`, class indices.
         class_names (`list[str]`, *optional*, defaults to the model's): the classes.
-        num_tokens (`int`, *optional*, defaults to 4): number of words M.
+        num_tokens (`int`, *optional*, defaults to 4, or to the tokens of `init`): number of words M.
         class_token_position (`str`, *optional*, defaults to `"end"`): where the class name stands.
         num_steps (`int`, *optional*, defaults to 50): steps; each looks at one slot, all in turn, in random order.
         top_k (`int`, *optional*, defaults to 32): candidates of a step. With all pictures as batch, a slot that comes
@@ -253,7 +259,10 @@ def autoprompt(
             losses are the same. 1 computes what the classes of a candidate share only once, which is the least work;
             more fill a GPU better.
         vocabulary (`list[int]`, *optional*, defaults to `prompt_vocabulary(tokenizer, class_names)`): allowed ids.
-        init (`str`, *optional*): words to start from, `num_tokens` tokens; random words by default.
+        init (`str`, *optional*): words to start from, such as a hand-written prompt; random words by default.
+        objective (`str`, *optional*, defaults to `"loss"`): by what candidates are compared: `"loss"`, the
+            cross-entropy, or `"accuracy"`, the number of wrong pictures and then the loss. The gradient is always the
+            loss's. A base whose logits are too sure of themselves lets the loss fall while accuracy falls too.
         seed (`int`, *optional*, defaults to 0): of the start, the order of slots and the batches.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar.
 
@@ -261,10 +270,18 @@ def autoprompt(
         [`DiscretePrompt`]. Its loss and accuracy are those on `image_embeds`: measure it on other pictures.
 
     Raises:
-        ValueError: shapes or labels that don't fit, an empty vocabulary, or a start that is no `num_tokens` tokens.
+        ValueError: shapes or labels that don't fit, an empty vocabulary, an unknown objective, or a start that is no
+            `num_tokens` tokens.
     """
     if candidate_batch_size is None:
         candidate_batch_size = 1 if model.device.type == "cpu" else 8
+    start = None
+    if init is not None:
+        start = list(encode_words(get_tokenizer(model, None), [init])[0])
+        if num_tokens is not None and len(start) != num_tokens:
+            raise ValueError(f"init={init!r} has {len(start)} tokens, and num_tokens is {num_tokens}.")
+        num_tokens = len(start)
+    num_tokens = 4 if num_tokens is None else num_tokens
     for name, value in (
         ("num_tokens", num_tokens),
         ("num_steps", num_steps),
@@ -274,6 +291,8 @@ def autoprompt(
         _check_count(name, value)
     if batch_size is not None:
         _check_count("batch_size", batch_size)
+    if objective not in ("loss", "accuracy"):
+        raise ValueError(f"`objective` must be 'loss' or 'accuracy', got {objective!r}.")
     search = _Search(model, class_names, class_token_position, num_tokens, image_embeds, labels)
     if vocabulary is None:
         vocabulary = prompt_vocabulary(search.tokenizer, search.class_names)
@@ -284,12 +303,7 @@ def autoprompt(
     if not special_ids.isdisjoint(allowed.tolist()):
         raise ValueError("`vocabulary` must not hold the tokenizer's special tokens.")
     generator = torch.Generator().manual_seed(seed)
-    if init is None:
-        current = allowed[torch.randint(len(allowed), (num_tokens,), generator=generator)].tolist()
-    else:
-        current = list(encode_words(search.tokenizer, [init])[0])
-        if len(current) != num_tokens:
-            raise ValueError(f"init={init!r} has {len(current)} tokens, and num_tokens is {num_tokens}.")
+    current = start or allowed[torch.randint(len(allowed), (num_tokens,), generator=generator)].tolist()
     number = len(search.labels)
     full = batch_size is None or batch_size >= number
     examples, history, order = slice(None), [], []
@@ -302,11 +316,15 @@ def autoprompt(
         if not full:
             examples = torch.randperm(number, generator=generator)[:batch_size].to(search.labels.device)
         loss, gradient = search.gradient(current, examples)
+        if objective != "loss":
+            loss = search.losses([current], examples, 1, objective).item()
         change = allowed_rows @ gradient[slot].to(allowed_rows.device)
         best_first = [i for i in allowed[change.cpu().sort(stable=True).indices].tolist() if i != current[slot]]
         best_first = best_first[looked_at[slot] : looked_at[slot] + top_k]
         candidates = [[*current[:slot], i, *current[slot + 1 :]] for i in best_first]
-        losses = search.losses(candidates, examples, candidate_batch_size).cpu() if candidates else torch.empty(0)
+        losses = torch.empty(0)
+        if candidates:
+            losses = search.losses(candidates, examples, candidate_batch_size, objective).cpu()
         accepted = False
         for index in losses.sort(stable=True).indices.tolist():
             if losses[index] >= loss - 1e-6 * max(loss, 1):  # better by more than rounding
