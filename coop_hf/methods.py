@@ -26,6 +26,7 @@ from .config import CoOpConfig
 from .data import LabelledImages, sample_few_shot
 from .feature_cache import EmbeddedImages, embed_images
 from .modeling import CoOpModel
+from .prompts import encode_words
 from .trainer import CoOpTrainer
 from .training_args import CoOpTrainingArguments
 
@@ -335,14 +336,15 @@ def _fit_probe(model, shots, options):
 
 
 def _fit_autoprompt(model, shots, options):
-    """Starts from the words of the hand-written prompt, or without any from four random ones."""
-    words = options.template.split("{}")[0].strip() or None
+    """Starts from the words of the hand-written prompt; without any, or with rare ones, from four random words."""
+    words = options.template.split("{}")[0].split()
+    is_usual = words and all(len(ids) == 1 for ids in encode_words(model.tokenizer, words))
     prompt = autoprompt(
         model,
         shots.image_embeds,
         shots.labels,
         shots.class_names,
-        init=words,
+        init=" ".join(words) if is_usual else None,
         objective="accuracy",
         num_steps=32,
         seed=shots.seed,

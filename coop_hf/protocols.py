@@ -354,11 +354,15 @@ def cross_dataset_transfer(
 ) -> dict:
     """Learns on one data set and tests on others with their own classes.
 
-    Methods that are bound to their classes (linear probe, class-specific contexts) are left out.
+    Methods that are bound to their classes (linear probe, class-specific contexts) are left out, and so is CuPL where
+    a target has classes without sentences.
 
     Args and returns: as [`domain_generalization`], without maps.
     """
     methods = _usable(methods, options, any_classes=True)
+    described = {clean_class_name(name).casefold() for name in options.cupl or {}}
+    if any(clean_class_name(name).casefold() not in described for task in targets for name in task.class_names):
+        methods.pop("cupl", None)
 
     def score(predict):
         return {task.name: _test(predict, task) for task in (source, *targets)}

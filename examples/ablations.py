@@ -1,4 +1,4 @@
-"""CoOp with other lengths, starts, class token positions and backbones (section 4.3 of the paper).
+r"""CoOp with other lengths, starts, class token positions and backbones (section 4.3 of the paper).
 
     python examples/ablations.py
     python examples/ablations.py --variants m4 m16 --shots 1 4 16

@@ -29,7 +29,8 @@ from coop_hf import (
 )
 
 
-# For the embedded default, chosen on its validation part: the best of 15 hand-written prompts, and a context.
+# For the embedded default, chosen on its validation part: the best of the templates that the protocols try, and a
+# context.
 EMOJI_TEMPLATE = "an emoji of a {}."
 EMOJI_CONTEXT = {"class_specific": True, "n_ctx": 4}
 

@@ -187,3 +187,8 @@ def test_the_objective_accuracy_counts_wrong_pictures(model, examples, words):
     assert found.accuracy >= start.accuracy and found.history[-1]["loss"] < len(labels)
     with pytest.raises(ValueError, match="'loss' or 'accuracy'"):
         autoprompt(model, images, labels, objective="f1")
+
+
+def test_a_start_of_rare_words_is_refused_at_once(model, examples):
+    with pytest.raises(ValueError, match="'zyxqv a' has words that the tokenizer cuts into pieces"):
+        autoprompt(model, *examples, init="zyxqv a")

@@ -94,6 +94,8 @@ def test_other_methods_score_the_classes_they_are_given(model, task, monkeypatch
     few = methods.draw_few_shot(task, 1, seed=1)
     for name in ("ensemble", "cupl", "autoprompt"):
         assert methods.METHODS[name].fit(model, few, options)(few.image_embeds, ["dog", "sea"]).shape == (6, 2)
+    rare = methods.Options("zyxqv a {}.", ("a {}.",))  # no prompt of whole words to start from
+    assert methods.METHODS["autoprompt"].fit(model, few, rare)(few.image_embeds, ["dog", "sea"]).shape == (6, 2)
     pytest.importorskip("sklearn")
     with pytest.raises(ValueError, match="no others"):
         methods.METHODS["linear_probe"].fit(model, few, options)(few.image_embeds, ["dog"])

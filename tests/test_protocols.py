@@ -2,6 +2,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -120,6 +121,13 @@ def test_domain_generalization_and_transfer(model, task, tmp_path):
     logits = zero_shot_logits(model, class_embeddings(model, None, ["hound", "puss"], "a {}."), image_embeds=embeds)
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     assert transfer["cells"][0]["scores"]["animals"] == pytest.approx(accuracy)
+    # CuPL has sentences for the classes that were learned on; where a target has others, it is left out.
+    described = replace(COLOUR_OPTIONS, cupl={name: [f"a {name}"] for name in task.class_names})
+    methods["cupl"] = METHODS["cupl"]
+    for target, run in ((renamed, ["zero_shot"]), (other, ["zero_shot", "cupl"])):
+        path = tmp_path / f"{target.name}.json"
+        cells = p.cross_dataset_transfer(model, task, [target], path, described, methods, **quiet)["cells"]
+        assert [cell["cell"]["method"] for cell in cells] == run
 
 
 def test_label_noise_reaches_the_methods(model, task, tmp_path):

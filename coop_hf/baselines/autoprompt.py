@@ -176,7 +176,7 @@ class _Search:
             logits = scale * torch.einsum("nd,kcd->knc", images, features)
             loss = F.cross_entropy(logits.transpose(1, 2), labels.expand(len(batch), -1), reduction="none").mean(dim=1)
             if objective == "accuracy":  # wrong pictures; among prompts with equally many the loss, squeezed below 1
-                loss = (logits.argmax(dim=2) != labels).sum(dim=1) + loss / (1 + loss)
+                loss = (logits.argmax(dim=2) != labels).sum(dim=1) + (loss / (1 + loss)).double()
             losses.append(loss)
         return torch.cat(losses)
 
@@ -271,7 +271,7 @@ def autoprompt(
 
     Raises:
         ValueError: shapes or labels that don't fit, an empty vocabulary, an unknown objective, or a start that is no
-            `num_tokens` tokens.
+            `num_tokens` tokens, or has words of more than one token.
     """
     if candidate_batch_size is None:
         candidate_batch_size = 1 if model.device.type == "cpu" else 8
@@ -294,6 +294,8 @@ def autoprompt(
     if objective not in ("loss", "accuracy"):
         raise ValueError(f"`objective` must be 'loss' or 'accuracy', got {objective!r}.")
     search = _Search(model, class_names, class_token_position, num_tokens, image_embeds, labels)
+    if start is not None and _as_text(search.tokenizer, start, search.layout, search.class_names) is None:
+        raise ValueError(f"init={init!r} has words that the tokenizer cuts into pieces: start from other words.")
     if vocabulary is None:
         vocabulary = prompt_vocabulary(search.tokenizer, search.class_names)
     allowed = torch.tensor(sorted(set(vocabulary)), dtype=torch.long)
@@ -327,7 +329,7 @@ def autoprompt(
             losses = search.losses(candidates, examples, candidate_batch_size, objective).cpu()
         accepted = False
         for index in losses.sort(stable=True).indices.tolist():
-            if losses[index] >= loss - 1e-6 * max(loss, 1):  # better by more than rounding
+            if losses[index] >= loss - (1e-6 * max(loss, 1) if objective == "loss" else 1e-6):  # more than rounding
                 break
             if _as_text(search.tokenizer, candidates[index], search.layout, search.class_names) is not None:
                 current, loss, accepted = candidates[index], losses[index].item(), True
