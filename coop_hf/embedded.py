@@ -90,7 +90,7 @@ def emoji_model_path():
     >>> model = CLIPModel.from_pretrained(emoji_model_path())
     ```
     """
-    return str(_part("model"))
+    return str(_part("emoji-clip"))
 
 
 def emoji_cupl_path():

@@ -645,7 +645,8 @@ def _last_checkpoint(run_dir: str) -> str | None:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (one of {torch.cuda.device_count()})"
-    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _remove_checkpoint(path: str) -> None:

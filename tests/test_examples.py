@@ -123,9 +123,9 @@ def test_ablations_over_backbones(tmp_path):
     (tmp_path / "twin").symlink_to(emoji_model_path(), target_is_directory=True)
     given = ["--backbones", emoji_model_path(), "twin", "--variants", "m4", "--shots", 1, "--seeds", 1]
     output = run(tmp_path, *given, script="ablations.py").stdout
-    files = [tmp_path / "results" / "ablations" / name / "ablations.json" for name in ("model", "twin")]
+    files = [tmp_path / "results" / "ablations" / name / "ablations.json" for name in ("emoji-clip", "twin")]
     first, second = (json.loads(file.read_text(encoding="utf-8"))["cells"] for file in files)
     assert [cell["scores"] for cell in first] == [cell["scores"] for cell in second] and len(first) == 2
-    assert "on model" in output and "on twin" in output
+    assert "on emoji-clip" in output and "on twin" in output
     again = run(tmp_path, "--backbones", emoji_model_path(), emoji_model_path(), script="ablations.py", code=1)
     assert "the same name" in again.stderr

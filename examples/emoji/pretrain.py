@@ -567,7 +567,7 @@ def train(rank, args, shared, barrier):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=HERE / "build", help="where build_data.py left its pictures")
-    parser.add_argument("--out", type=Path, default=HERE / "model")
+    parser.add_argument("--out", type=Path, default=HERE / "emoji-clip")
     parser.add_argument("--steps", type=int, default=7200)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--turn", type=int, default=2400, help="from this step on, more emoji and more of their kinds")
