@@ -52,3 +52,18 @@ def test_gpu_script_runs_without_one(device):
     results = run("gpu.py", *given, "--classes", 5, "--steps", 3, "--repeats", 1)
     assert [result["mode"] for result in results] == ["eager", "Trainer"]
     assert not [result for result in results if "failed" in result]
+
+
+def test_recipes(tmp_path):
+    command = [sys.executable, str(FOLDER / "recipes.py"), "--shots", "1", "--seeds", "1", "2", "--recipes", "fast"]
+    command += ["--output", str(tmp_path / "recipes.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True, timeout=300)
+    report = json.loads((tmp_path / "recipes.json").read_text())
+    cells = report["cells"]
+    mean, spread = report["summary"]["fast"]["accuracy"]["1"]
+    assert [cell["steps"] for cell in cells] == [200, 200]
+    assert mean == pytest.approx((cells[0]["accuracy"] + cells[1]["accuracy"]) / 2)
+    assert spread == pytest.approx(abs(cells[0]["accuracy"] - cells[1]["accuracy"]) / 2**0.5)
+    assert mean > 0.15 and report["zero_shot"] > 0.15  # chance is 0.05
+    assert os.listdir(tmp_path) == ["recipes.json"]
