@@ -1,6 +1,6 @@
 # Each of the first two makes its own virtual environment on first use.
 #   make train   sets up, and learns a prompt on the embedded default
-#   make test    sets up, and runs the tests (on one thread: their models are tiny, and threads would only wait)
+#   make test    sets up, and runs the tests (two processes of one thread: their models are tiny, and threads would wait)
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -10,7 +10,7 @@ train: .venv/ready
 	.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/train.py
 
 test: .venv-test/ready
-	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv-test/ready
 	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -m slow
