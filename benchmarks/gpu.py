@@ -76,7 +76,7 @@ def main() -> None:
                 entry = {"dtype": dtype, "classes": classes, "mode": mode, "matmul_tflops": rate / 1e12}
                 try:
                     entry["step"] = model_step(base, classes, mode, args.device, 32, args.repeats)
-                except Exception as error:  # one mode that a machine can't do must not cost the rest
+                except Exception as error:  # one mode that a machine cannot do must not cost the rest
                     entry["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
                 torch.compiler.reset()
                 results.append(entry)

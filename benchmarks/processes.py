@@ -26,7 +26,7 @@ def worker(classes: int, steps: int, size: str, output: str) -> None:
     model = CoOpModel(base, CoOpConfig(n_ctx=16), make_names(classes), WordTokenizer()).train()
     model.text_parallel = True
     images, labels = torch.randn(32, base.config.projection_dim), torch.arange(32) % classes
-    share = slice(dist.get_rank(), None, dist.get_world_size())  # the image axis: each process has its pictures
+    share = slice(dist.get_rank(), None, dist.get_world_size())  # the image axis: each process has its images
     seconds = []
     for step in range(steps + 1):
         dist.barrier()

@@ -2,8 +2,8 @@
 
     python benchmarks/recipes.py --output recipes.json --plot recipes.png
 
-Both learn from the same cached embeddings and are tested on the same pictures. The paper's recipe sees a new augmented
-view of each picture in every epoch; embedding those views is timed too, since the fast recipe does without.
+Both learn from the same cached embeddings and are tested on the same images. The paper's recipe sees a new augmented
+view of each image in every epoch; embedding those views is timed too, since the fast recipe does without.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from coop_hf import (
     load_emoji,
     sample_few_shot,
 )
-from coop_hf.plotting import plot_few_shot_curves
-from coop_hf.training_args import paper_epochs
+from coop_hf.experiments.plotting import plot_few_shot_curves
+from coop_hf.training.arguments import paper_epochs
 
 
 TEMPLATE = "an emoji of a {}."  # the best on validation of those that the protocols try
@@ -88,11 +88,11 @@ def main() -> None:
     views = None
     if "paper" in args.recipes:
         views = embed_images(model, images, num_views=max(paper_epochs(k, len(names)) for k in args.shots))
-    start = time.perf_counter()  # what one picture costs, measured here because the above may come from the cache
+    start = time.perf_counter()  # what one image costs, measured here because the above may come from the cache
     pixels = torch.stack([images.view(i % len(images), 0) for i in range(128)])
     with torch.no_grad():
         model.get_image_features(pixels)
-    per_picture = (time.perf_counter() - start) / 128
+    per_image = (time.perf_counter() - start) / 128
 
     cells, folder = [], tempfile.TemporaryDirectory()  # nothing is written there
     for shots in args.shots:
@@ -116,7 +116,7 @@ def main() -> None:
                 trainer = CoOpTrainer(model=fresh, args=arguments, train_dataset=train, eval_dataset=test_set)
                 trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
                 seconds = trainer.train().metrics["train_runtime"]
-                embedding = per_picture * len(rows) * (epochs if recipe == "paper" else 1)
+                embedding = per_image * len(rows) * (epochs if recipe == "paper" else 1)
                 cells.append(
                     {
                         "recipe": recipe,

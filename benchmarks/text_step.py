@@ -16,9 +16,9 @@ import sys
 import torch
 from common import WordTokenizer, make_base, make_names, matmul_rate, peak_memory_bytes, report, timed
 
-from coop_hf.prompts import make_layout
-from coop_hf.shared_prefix import SharedPrefixPass
-from coop_hf.text_tower import plain_text_features
+from coop_hf.core.layout import make_layout
+from coop_hf.core.shared_prefix import SharedPrefixPass
+from coop_hf.core.text_tower import plain_text_features
 
 
 VARIANTS = [("end", False), ("middle", False), ("front", False), ("end", True)]

@@ -1,9 +1,9 @@
 """A whole training: the public code's procedure against this library's, both recipes.
 
-The public procedure passes every picture through the image tower and every class name through the text tower, at 77
+The public procedure passes every image through the image tower and every class name through the text tower, at 77
 tokens, at every step. It is measured over a few steps and extrapolated to the paper's number of steps, which is said
 in the output (`extrapolated_from_steps`). This library's trainings run in full, from random image embeddings; the time
-to embed the pictures once is measured over a few and extrapolated likewise.
+to embed the images once is measured over a few and extrapolated likewise.
 
     python benchmarks/training.py                    100 classes, 16 shots, a CLIP of ViT-B/32's size
 """
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import PrinterCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
-from coop_hf.text_tower import plain_text_features
-from coop_hf.training_args import paper_epochs
+from coop_hf.core.text_tower import plain_text_features
+from coop_hf.training.arguments import paper_epochs
 
 
 def public_procedure(base, model, steps: int, batch_size: int) -> float:
@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--size", default="b32", choices=["b32", "tiny"])
     args = parser.parse_args()
     base = make_base(size=args.size)
-    num_pictures = args.classes * args.shots
+    num_images = args.classes * args.shots
     epochs = paper_epochs(args.shots, args.classes)
-    steps = epochs * max(1, num_pictures // 32)
+    steps = epochs * max(1, num_images // 32)
     results = {"classes": args.classes, "shots": args.shots, "paper_epochs": epochs, "paper_steps": steps}
 
     def fresh():
@@ -70,9 +70,9 @@ def main() -> None:
     start = time.perf_counter()
     with torch.no_grad():
         base.get_image_features(pixel_values=pixels)
-    per_picture = (time.perf_counter() - start) / 32
-    embeddings = torch.randn(num_pictures, base.config.projection_dim)
-    data = EmbeddedImages(embeddings, torch.arange(num_pictures) % args.classes)
+    per_image = (time.perf_counter() - start) / 32
+    embeddings = torch.randn(num_images, base.config.projection_dim)
+    data = EmbeddedImages(embeddings, torch.arange(num_images) % args.classes)
     for recipe in ("fast", "paper"):
         with tempfile.TemporaryDirectory() as folder:
             arguments = CoOpTrainingArguments(
@@ -89,7 +89,7 @@ def main() -> None:
             trainer.train()
             seconds = time.perf_counter() - start
         views = epochs if recipe == "paper" else 1
-        ours = {"steps": trainer.state.global_step, "embedding_s": per_picture * num_pictures * views}
+        ours = {"steps": trainer.state.global_step, "embedding_s": per_image * num_images * views}
         ours["step_s"] = seconds / trainer.state.global_step
         if recipe == "paper":
             ours |= {"extrapolated_from_steps": trainer.state.global_step, "training_s": ours["step_s"] * steps}

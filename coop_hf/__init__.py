@@ -1,16 +1,18 @@
 """Prompt learning for CLIP in the Hugging Face ecosystem: Context Optimization (CoOp) and what it is compared with."""
 
-from . import deploy as _deploy  # noqa: F401 (registers the pipeline)
+from . import _moved as _moved  # old module names
+from . import pipeline as _pipeline  # noqa: F401 (registers the pipeline)
 from .config import CoOpConfig
-from .data import LabelledImages, sample_few_shot
-from .embedded import emoji_model_path, load_emoji
-from .feature_cache import EmbeddedImages, embed_images
+from .data.feature_cache import EmbeddedImages, embed_images
+from .data.few_shot import sample_few_shot
+from .data.labelled_images import LabelledImages
+from .data.sources import load_images, read_coop_split, read_few_shot_indices
+from .demo.emoji import emoji_model_path, load_emoji
 from .interpret import format_nearest_tokens, nearest_tokens
-from .metrics import ClassificationAccuracy
 from .modeling import CoOpModel, CoOpOutput
-from .sources import load_images, read_coop_split, read_few_shot_indices
-from .trainer import CoOpTrainer
-from .training_args import CoOpTrainingArguments
+from .training.arguments import CoOpTrainingArguments
+from .training.metrics import ClassificationAccuracy
+from .training.trainer import CoOpTrainer
 from .version import __version__
 
 

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from .checks import check_class_names, check_text, is_int, shown
 from .hub import find_file
 from .version import __version__
 
@@ -14,93 +15,17 @@ from .version import __version__
 __all__ = ["ADAPTER_CONFIG_NAME", "ADAPTER_WEIGHTS_NAME", "FORMAT_VERSION", "CLASS_TOKEN_POSITIONS", "CoOpConfig"]
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+
 FORMAT_VERSION = 1
+
 CLASS_TOKEN_POSITIONS = ("end", "middle", "front")
 
 # Bounds on what a stranger's file may ask for; far above any real adapter (ImageNet-21k has 21,841 classes).
 MAX_CONFIG_BYTES = 64 * 2**20
+
 MAX_CONTEXT_TOKENS = 4096
-MAX_CLASSES = 1_000_000
-MAX_TEXT_LENGTH = 10_000
-
-
-def is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value) -> str:
-    """A value in an error message, at a bounded length."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def some(items, limit=5):
-    """`items` as text for an error message, cut after `limit`."""
-    items = list(items)
-    text = ", ".join(repr(item) for item in items[:limit])
-    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
-
-
-def _check_text(name: str, value, hint: str = "", optional: bool = True) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, str) or not value.strip():
-        kind = "a non-empty string or None" if optional else "a non-empty string"
-        raise ValueError(f"`{name}` must be {kind}, got {_shown(value)}. {hint}")
-    if len(value) > MAX_TEXT_LENGTH:
-        raise ValueError(f"`{name}` has {len(value):,} characters; at most {MAX_TEXT_LENGTH:,} are accepted. {hint}")
-    if any(ord(character) < 32 and character not in "\t\n" or ord(character) == 127 for character in value):
-        raise ValueError(f"`{name}` must not contain control characters, got {value[:80]!r}. {hint}")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise ValueError(f"`{name}` holds half a character, which no file can hold: {value[:80]!r}. {hint}")
-
-
-def check_class_names(class_names) -> list[str]:
-    """Returns the class names as a list of strings.
-
-    Args:
-        class_names (`Sequence[str]`):
-            At least one name; all different once surrounding space is removed and underscores are read as spaces.
-
-    Raises:
-        ValueError: no names, an empty name, a duplicate, or something that is no string; says which.
-    """
-    if isinstance(class_names, (str, bytes)):
-        raise ValueError(f"`class_names` must be a list of strings, got the single string {class_names[:80]!r}.")
-    if isinstance(class_names, (set, frozenset, dict)):
-        raise ValueError(
-            f"`class_names` must be a list of strings in the order of the labels, got a {type(class_names).__name__}."
-        )
-    try:
-        names = list(class_names)
-    except TypeError:
-        raise ValueError(f"`class_names` must be a list of strings, got {type(class_names).__name__}.") from None
-    if not names:
-        raise ValueError("`class_names` is empty: pass at least one class name.")
-    if len(names) > MAX_CLASSES:
-        raise ValueError(f"`class_names` has {len(names):,} entries; at most {MAX_CLASSES:,} are accepted.")
-    seen: dict[str, int] = {}
-    for index, name in enumerate(names):
-        if not isinstance(name, str):
-            raise ValueError(f"class name {index} must be a string, got {type(name).__name__}: {str(name)[:80]!r}.")
-        key = clean_class_name(name)
-        if not key:
-            raise ValueError(f"class name {index} is empty ({_shown(name)}): give every class a readable name.")
-        _check_text(f"class_names[{index}]", name, "Use the plain name of the class.", optional=False)
-        if key in seen:
-            raise ValueError(
-                f"class name {index} ({_shown(name)}) is the same as class name {seen[key]} "
-                f"({_shown(names[seen[key]])}): two "
-                "classes with one prompt can't be told apart. Merge them or give them different names."
-            )
-        seen[key] = index
-    return names
-
-
-def clean_class_name(name: str) -> str:
-    """The class name as it is put into a prompt: underscores become spaces, runs of white space one space."""
-    return " ".join(name.replace("_", " ").split())
 
 
 @dataclass
@@ -160,31 +85,31 @@ class CoOpConfig:
         if self.n_ctx is not None and (not is_int(self.n_ctx) or not 1 <= self.n_ctx <= MAX_CONTEXT_TOKENS):
             raise ValueError(
                 f"`n_ctx` must be a whole number from 1 to {MAX_CONTEXT_TOKENS} (the paper uses 4, 8 and 16), "
-                f"got {_shown(self.n_ctx)}."
+                f"got {shown(self.n_ctx)}."
             )
         if self.class_token_position not in CLASS_TOKEN_POSITIONS:
             raise ValueError(
                 f"`class_token_position` must be one of {', '.join(map(repr, CLASS_TOKEN_POSITIONS))}, "
-                f"got {_shown(self.class_token_position)}."
+                f"got {shown(self.class_token_position)}."
             )
         if not isinstance(self.class_specific, bool):
-            raise ValueError(f"`class_specific` must be True or False, got {_shown(self.class_specific)}.")
-        _check_text("ctx_init", self.ctx_init, 'Pass words such as "a photo of a", or None for random vectors.')
+            raise ValueError(f"`class_specific` must be True or False, got {shown(self.class_specific)}.")
+        check_text("ctx_init", self.ctx_init, 'Pass words such as "a photo of a", or None for random vectors.')
         if self.class_names is not None:
             self.class_names = check_class_names(self.class_names)
-        _check_text("template", self.template, 'Pass something like "a photo of a {}."', optional=False)
+        check_text("template", self.template, 'Pass something like "a photo of a {}."', optional=False)
         if self.template.count("{}") != 1:
             raise ValueError(
-                f"`template` must contain `{{}}` exactly once, where the class name goes, got {_shown(self.template)}."
+                f"`template` must contain `{{}}` exactly once, where the class name goes, got {shown(self.template)}."
             )
-        _check_text("base_model_name_or_path", self.base_model_name_or_path)
-        _check_text("revision", self.revision)
-        _check_text("coop_hf_version", self.coop_hf_version, optional=False)
+        check_text("base_model_name_or_path", self.base_model_name_or_path)
+        check_text("revision", self.revision)
+        check_text("coop_hf_version", self.coop_hf_version, optional=False)
         if not is_int(self.format_version) or self.format_version < 1:
-            raise ValueError(f"`format_version` must be a positive whole number, got {_shown(self.format_version)}.")
+            raise ValueError(f"`format_version` must be a positive whole number, got {shown(self.format_version)}.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"this adapter has format version {_shown(self.format_version)}, and coop_hf {__version__} reads up "
+                f"this adapter has format version {shown(self.format_version)}, and coop_hf {__version__} reads up "
                 f"to {FORMAT_VERSION}: upgrade coop_hf."
             )
 

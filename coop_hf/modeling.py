@@ -1,7 +1,7 @@
 """`CoOpModel`: a frozen CLIP with learned prompts.
 
     class names -> prompt layout -> context vectors put into it -> text tower -> class embeddings
-    pictures -> image tower -> image embeddings
+    images -> image tower -> image embeddings
     cosine of the two x exp(logit_scale) -> logits -> cross-entropy
 
 Only the context vectors learn (https://arxiv.org/abs/2109.01134, equations 2 and 3).
@@ -20,15 +20,17 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils import ModelOutput
 
-from .config import ADAPTER_CONFIG_NAME, CoOpConfig, check_class_names, clean_class_name, is_int
-from .context import init_context, num_context_tokens
-from .hub import find_file, has_file, hub_errors, is_hub_id, push_to_hub
-from .model_card import write_card
-from .prompts import PromptLayout, fill_template, make_layout, tokenize_texts
-from .saving import read_adapter, write_adapters
-from .shared_prefix import SharedPrefixPass, class_parallel_features
-from .text_tower import check_base_model, plain_text_features
-from .transforms import decode_image, eval_transform
+from .adapters.coop import init_context, num_context_tokens
+from .checks import check_class_names, clean_class_name, is_int
+from .config import ADAPTER_CONFIG_NAME, CoOpConfig
+from .core.layout import PromptLayout, fill_template, make_layout, tokenize_texts
+from .core.shared_prefix import SharedPrefixPass, class_parallel_features
+from .core.text_tower import check_base_model, plain_text_features
+from .data.transforms import decode_image, eval_transform
+from .files.adapter_files import read_adapter, write_adapter
+from .files.model_card import write_card
+from .files.publish import push_to_hub
+from .hub import find_file, has_file, hub_errors, is_hub_id
 
 
 __all__ = ["CoOpModel", "CoOpOutput"]
@@ -129,11 +131,11 @@ class CoOpModel(nn.Module):
         config (`CoOpConfig`, *optional*, defaults to `CoOpConfig()`): the first adapter.
         class_names (`list[str]`, *optional*, defaults to `config.class_names`): its classes.
         processor (`CLIPProcessor` or `PreTrainedTokenizerBase`): the base's processor, or its tokenizer alone;
-            `predict` and training on pictures need a processor.
+            `predict` and training on images need a processor.
         adapter_name (`str`, *optional*, defaults to `"default"`): the adapter's name.
         text_pass (`str`, *optional*, defaults to `"auto"`): how class embeddings are computed. `"shared"`: what the
-            prompts have in common runs once, nothing is padded (`coop_hf.shared_prefix`). `"plain"`: every prompt is
-            a padded row. Both are exact. `"auto"` takes `"shared"` where the tower allows it.
+            prompts have in common runs once, nothing is padded (`coop_hf.core.shared_prefix`). `"plain"`: every prompt
+            is a padded row. Both are exact. `"auto"` takes `"shared"` where the tower allows it.
         text_chunk_size (`int`, *optional*): with the shared pass, how many classes are computed at a time in
             training; bounds memory, leaves the numbers unchanged, costs about a third more time.
         context (`torch.Tensor`, *optional*): `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`, vectors to start from
@@ -193,7 +195,7 @@ class CoOpModel(nn.Module):
         image_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> CoOpOutput:
-        """Scores pictures against the classes.
+        """Scores images against the classes.
 
         Args:
             pixel_values (`torch.Tensor`, *optional*): `(batch, 3, height, width)`, as the image processor gives them.
@@ -342,7 +344,7 @@ class CoOpModel(nn.Module):
         """
         if not hasattr(self.processor, "image_processor"):
             raise ValueError(
-                "this model was made with a tokenizer alone and can't prepare pictures: pass the base's CLIPProcessor "
+                "this model was made with a tokenizer alone and cannot prepare images: pass the base's CLIPProcessor "
                 "as `processor=`, or give `pixel_values` or `image_embeds` yourself."
             )
         return self.processor.image_processor
@@ -355,20 +357,20 @@ class CoOpModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, images, top_k: int | None = 5, batch_size: int = 32):
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
-            images: a picture (`PIL.Image.Image`, path, or array `(height, width[, channels])` of 0 to 255), or a list,
+            images: an image (`PIL.Image.Image`, path, or array `(height, width[, channels])` of 0 to 255), or a list,
                 array stack or `datasets` image column of them.
             top_k (`int`, *optional*, defaults to 5): how many classes to return, best first; `None`: all.
-            batch_size (`int`, *optional*, defaults to 32): pictures that go through the image tower at a time.
+            batch_size (`int`, *optional*, defaults to 32): images that go through the image tower at a time.
 
         Returns:
-            `list[dict]` for one picture, `[{"label": str, "score": float}, ...]` with scores that are probabilities
-            over all classes; for several pictures a list of such lists.
+            `list[dict]` for one image, `[{"label": str, "score": float}, ...]` with scores that are probabilities
+            over all classes; for several images a list of such lists.
 
         Raises:
-            ValueError: no pictures, a bad `top_k`, missing class names, or a picture that can't be read (says which).
+            ValueError: no images, a bad `top_k`, missing class names, or an image that cannot be read (says which).
         """
         if top_k is not None and (not is_int(top_k) or top_k < 1):
             raise ValueError(f"`top_k` must be a positive whole number or None, got {top_k!r}.")
@@ -376,14 +378,14 @@ class CoOpModel(nn.Module):
             raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
         names = self._active_prompts() and self.class_names
         transform = eval_transform(self.image_processor)
-        is_single = _is_one_picture(images)
-        pictures = [images] if is_single else images
-        if len(pictures) == 0:
-            raise ValueError("`images` is empty: pass at least one picture.")
+        is_single = _is_one_image(images)
+        images = [images] if is_single else images
+        if len(images) == 0:
+            raise ValueError("`images` is empty: pass at least one image.")
         results = []
-        for start in range(0, len(pictures), batch_size):
-            indices = range(start, min(start + batch_size, len(pictures)))
-            pixels = torch.stack([_read_picture(pictures, index, transform) for index in indices])
+        for start in range(0, len(images), batch_size):
+            indices = range(start, min(start + batch_size, len(images)))
+            pixels = torch.stack([_read_image(images, index, transform) for index in indices])
             scores = self(pixel_values=pixels).logits.softmax(dim=-1)
             best = scores.topk(min(top_k or len(names), len(names)), dim=-1)
             for values, classes in zip(best.values.tolist(), best.indices.tolist()):
@@ -501,7 +503,7 @@ class CoOpModel(nn.Module):
         if name in self.adapters:
             raise ValueError(f"there is an adapter named {name!r} already; take another name, or delete it first.")
         if hasattr(self.adapters, name):
-            raise ValueError(f"{name!r} can't name an adapter (it is an attribute of nn.ModuleDict); take another.")
+            raise ValueError(f"{name!r} cannot name an adapter (it is an attribute of nn.ModuleDict); take another.")
 
     def _known(self, name: str) -> str:
         if name not in self.adapters:
@@ -520,7 +522,7 @@ class CoOpModel(nn.Module):
         self._set_trainable()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter. If it was active, the first of the others becomes active; the last can't be removed."""
+        """Removes an adapter. If it was active, the first of the others becomes active; the last cannot be removed."""
         self._known(adapter_name)
         if len(self.adapters) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter; use `get_base_model()` for CLIP without one.")
@@ -581,23 +583,50 @@ class CoOpModel(nn.Module):
         Args:
             save_directory (`str` or `os.PathLike`): the folder; made if missing.
             selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
-            training (`dict`, *optional*): what the card says of the training, see `coop_hf.model_card.make_card`.
+            training (`dict`, *optional*): what the card says of the training, see
+                `coop_hf.files.model_card.make_card`.
         """
-        selected = write_adapters(self, save_directory, selected_adapters)
+        selected = self.save_adapters(save_directory, selected_adapters)
         if selected:
             write_card(save_directory, self, training=training, selected_adapters=selected)
 
-    push_to_hub = push_to_hub  # `coop_hf.hub.push_to_hub(model, repo_id, ...)`, and nothing to add
+    def save_adapters(
+        self, save_directory: str | os.PathLike, selected_adapters: list[str] | None = None
+    ) -> list[str]:
+        """The files of `save_pretrained` without the model card.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder; made if missing.
+            selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+
+        Returns:
+            `list[str]`: the names of those written.
+
+        Raises:
+            ValueError: the folder is a file, an unknown adapter, or a context with NaN.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
+        if isinstance(selected_adapters, str):
+            raise ValueError(f"`selected_adapters` must be a list of names, got the string {selected_adapters!r}.")
+        names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
+        for name in [self._known(name) for name in names]:
+            adapter = self.adapters[name]
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            write_adapter(folder, adapter.config, adapter.context)
+        return names
+
+    push_to_hub = push_to_hub  # `coop_hf.files.publish.push_to_hub(model, repo_id, ...)`, and nothing to add
 
     def merge_and_unload(self) -> tuple[CLIPModel, CLIPProcessor]:
-        """A stock CLIP model and processor with the context vectors as added tokens; see `coop_hf.merging`."""
-        from .merging import merge_and_unload
+        """A stock CLIP model and processor with the context vectors as added tokens; see `coop_hf.deploy.merging`."""
+        from .deploy.merging import merge_and_unload
 
         return merge_and_unload(self)
 
     def as_image_classifier(self) -> nn.Module:
-        """Image tower and class embeddings as one plain module, for export; see `coop_hf.deploy`."""
-        from .deploy import as_image_classifier
+        """Image tower and class embeddings as one plain module, for export; see `coop_hf.deploy.export`."""
+        from .deploy.export import as_image_classifier
 
         return as_image_classifier(self)
 
@@ -605,8 +634,8 @@ class CoOpModel(nn.Module):
     def from_coop_checkpoint(
         cls, path, base_model, class_names=None, class_token_position: str = "end", **kwargs
     ) -> "CoOpModel":
-        """A model from a checkpoint of the original CoOp code; see `coop_hf.coop_checkpoint`."""
-        from .coop_checkpoint import from_coop_checkpoint
+        """A model from a checkpoint of the original CoOp code; see `coop_hf.files.coop_checkpoint`."""
+        from .files.coop_checkpoint import from_coop_checkpoint
 
         return from_coop_checkpoint(path, base_model, class_names, class_token_position, **kwargs)
 
@@ -766,18 +795,18 @@ def _load_base(name: str, processor, source: dict, kwargs: dict):
     return base, processor
 
 
-def _is_one_picture(images) -> bool:
+def _is_one_image(images) -> bool:
     if isinstance(images, (str, bytes, os.PathLike, dict)) or not hasattr(images, "__len__"):
         return True
     return getattr(images, "ndim", None) in (2, 3)
 
 
-def _read_picture(pictures, index: int, transform) -> torch.Tensor:
+def _read_image(images, index: int, transform) -> torch.Tensor:
     try:
-        return transform(decode_image(pictures[index]))
+        return transform(decode_image(images[index]))
     except Exception as error:
-        shown = f" ({pictures[index]!r})" if isinstance(pictures[index], (str, os.PathLike)) else ""
+        shown = f" ({images[index]!r})" if isinstance(images[index], (str, os.PathLike)) else ""
         raise ValueError(
-            f"picture {index}{shown} can't be read: {error}. Pass a PIL image, the path of a picture, or an array of "
+            f"image {index}{shown} cannot be read: {error}. Pass a PIL image, the path of an image, or an array of "
             "numbers from 0 to 255."
         ) from error

@@ -2,10 +2,10 @@ r"""CoOp with other lengths, starts, class token positions and backbones (sectio
 
     python examples/ablations.py
     python examples/ablations.py --variants m4 m16 --shots 1 4 16
-    python examples/ablations.py --dataset my_pictures \
+    python examples/ablations.py --dataset my_images \
         --backbones openai/clip-vit-base-patch32 openai/clip-vit-base-patch16 --variants m16
 
-Without arguments: the emoji pictures and the small emoji CLIP that come with the repository, 16 shots.
+Without arguments: the emoji images and the small emoji CLIP that come with the repository, 16 shots.
 """
 
 import os
@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from transformers import HfArgumentParser
 
 from coop_hf import emoji_model_path
-from coop_hf.methods import ABLATIONS, METHODS, ablation_methods
-from coop_hf.protocols import ProtocolArguments, few_shot_curve, prepare, results_table, scores_by_method
+from coop_hf.experiments.commands import ProtocolArguments, prepare
+from coop_hf.experiments.methods import ABLATIONS, METHODS, ablation_methods
+from coop_hf.experiments.protocols import few_shot_curve
+from coop_hf.experiments.tables import results_table, scores_by_method
 
 
 @dataclass

@@ -3,7 +3,7 @@
     python examples/base_to_new.py
     python examples/base_to_new.py --base_model openai/clip-vit-base-patch16 --dataset ethz/food101
 
-Without arguments: the emoji pictures and the small emoji CLIP that come with the repository.
+Without arguments: the emoji images and the small emoji CLIP that come with the repository.
 """
 
 import os
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from coop_hf.protocols import ProtocolArguments, base_to_new, prepare, results_table, scores_by_method
+from coop_hf.experiments.commands import ProtocolArguments, prepare
+from coop_hf.experiments.protocols import base_to_new
+from coop_hf.experiments.tables import results_table, scores_by_method
 
 
 @dataclass

@@ -15,18 +15,11 @@ from dataclasses import dataclass, field, replace
 
 from transformers import HfArgumentParser
 
-from coop_hf.embedded import EMOJI_STYLES
-from coop_hf.methods import make_task
-from coop_hf.protocols import (
-    ProtocolArguments,
-    cross_dataset_transfer,
-    domain_generalization,
-    load_splits,
-    prepare,
-    read_class_names,
-    results_table,
-    scores_by_method,
-)
+from coop_hf.demo.emoji import EMOJI_STYLES
+from coop_hf.experiments.commands import ProtocolArguments, load_splits, prepare, read_class_names
+from coop_hf.experiments.protocols import cross_dataset_transfer, domain_generalization
+from coop_hf.experiments.tables import results_table, scores_by_method
+from coop_hf.experiments.tasks import make_task
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """Accuracy over the number of shots, for CoOp and everything it is compared with.
 
     python examples/few_shot_curve.py
-    python examples/few_shot_curve.py --base_model openai/clip-vit-base-patch32 --dataset my_pictures
+    python examples/few_shot_curve.py --base_model openai/clip-vit-base-patch32 --dataset my_images
 
-Without arguments: the emoji pictures and the small emoji CLIP that come with the repository, 1, 2, 4, 8 and 16 shots,
-three seeds. Results go to `results/`: JSON, table, picture and CSV. A second run goes on where the first one stopped.
+Without arguments: the emoji images and the small emoji CLIP that come with the repository, 1, 2, 4, 8 and 16 shots,
+three seeds. Results go to `results/`: JSON, table, image and CSV. A second run goes on where the first one stopped.
 """
 
 import os
@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from coop_hf.methods import METHODS
-from coop_hf.plotting import plot_few_shot_curves
-from coop_hf.protocols import ProtocolArguments, few_shot_curve, prepare, results_table, scores_by_method
+from coop_hf.experiments.commands import ProtocolArguments, prepare
+from coop_hf.experiments.methods import METHODS
+from coop_hf.experiments.plotting import plot_few_shot_curves
+from coop_hf.experiments.protocols import few_shot_curve
+from coop_hf.experiments.tables import results_table, scores_by_method
 
 
 @dataclass
 class Arguments(ProtocolArguments):
-    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Pictures of a class."})
+    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Images of a class."})
     methods: list[str] | None = field(
         default_factory=lambda: [name for name in METHODS if name != "coop_m4"], metadata={"help": "Methods."}
     )
@@ -36,7 +38,7 @@ def main() -> None:
 
     scores = scores_by_method(results, methods, "shots")
     table = results_table(scores, args.shots, "shots of each class")
-    title = f"{task.name}, {len(task.class_names)} classes, {len(task.parts['test'][1])} test pictures"
+    title = f"{task.name}, {len(task.class_names)} classes, {len(task.parts['test'][1])} test images"
     print(f"\n{title}; accuracy in %, mean ± standard deviation over {len(args.seeds)} seeds\n\n{table}\n")
     with open(os.path.join(args.output_dir, "few_shot_curve.md"), "w", encoding="utf-8") as file:
         file.write(table + "\n")
@@ -49,7 +51,7 @@ def main() -> None:
         )
         print(f"Written: {path}, {picture}, {numbers}")
     except ImportError as error:
-        print(f"Written: {path}. No picture: {error}")
+        print(f"Written: {path}. No image: {error}")
     print(f"Time: {time.perf_counter() - start:.0f} s")
 
 

@@ -3,7 +3,7 @@
     python examples/label_noise.py
     python examples/label_noise.py --noise 0 0.25 0.5 --methods coop coop_csc
 
-Without arguments: the emoji pictures and the small emoji CLIP that come with the repository, 16 shots.
+Without arguments: the emoji images and the small emoji CLIP that come with the repository, 16 shots.
 """
 
 import os
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from coop_hf.protocols import ProtocolArguments, label_noise, prepare, results_table, scores_by_method
+from coop_hf.experiments.commands import ProtocolArguments, prepare
+from coop_hf.experiments.protocols import label_noise
+from coop_hf.experiments.tables import results_table, scores_by_method
 
 
 @dataclass

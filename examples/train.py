@@ -1,9 +1,9 @@
-"""Learn a prompt from a few labelled pictures, and compare it with a hand-written one.
+"""Learn a prompt from a few labelled images, and compare it with a hand-written one.
 
     accelerate launch examples/train.py
-    accelerate launch examples/train.py --base_model openai/clip-vit-base-patch32 --dataset my_pictures --num_shots 4
+    accelerate launch examples/train.py --base_model openai/clip-vit-base-patch32 --dataset my_images --num_shots 4
 
-Without arguments: the small emoji CLIP and the emoji pictures that come with the repository, 16 shots.
+Without arguments: the small emoji CLIP and the emoji images that come with the repository, 16 shots.
 """
 
 import json
@@ -46,12 +46,12 @@ class ModelArguments:
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16, for the frozen base."})
     n_ctx: int | None = field(
         default=None,
-        metadata={"help": "Context tokens. Default: 16, or those of --ctx_init; 4 on the embedded pictures."},
+        metadata={"help": "Context tokens. Default: 16, or those of --ctx_init; 4 on the embedded images."},
     )
     class_token_position: str = field(default="end", metadata={"help": "end, middle or front."})
     class_specific: bool | None = field(
         default=None,
-        metadata={"help": "One context for each class. Default: one for all; on the embedded pictures one for each."},
+        metadata={"help": "One context for each class. Default: one for all; on the embedded images one for each."},
     )
     ctx_init: str | None = field(default=None, metadata={"help": 'Words to start from, such as "a photo of a".'})
     template: str | None = field(
@@ -61,27 +61,27 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which pictures."""
+    """Which images."""
 
     dataset: str | None = field(
         default=None,
         metadata={
             "help": "Hub id, folder of class folders (or of train/ and test/), saved data set, or parquet files. "
-            "Default: the embedded emoji pictures."
+            "Default: the embedded emoji images."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji pictures."})
+    style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji images."})
     train_split: str = field(default="train", metadata={"help": "Split that the shots are drawn from."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: test or validation."})
     class_names: str | None = field(default=None, metadata={"help": "Names of the classes, separated by commas."})
     coop_split: str | None = field(default=None, metadata={"help": "A split_zhou_*.json of the CoOp benchmark."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the pictures of --coop_split."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images of --coop_split."})
     few_shot_indices: str | None = field(default=None, metadata={"help": "A few-shot file of the CoOp benchmark."})
 
 
 def load_data(args: DataArguments, num_shots: int, label_column: str, seed: int) -> tuple[Dataset, Dataset]:
-    """The training pictures (`num_shots` of each class, 0: all) and the pictures to test on."""
+    """The training images (`num_shots` of each class, 0: all) and the images to test on."""
     names = None if args.class_names is None else [name.strip() for name in args.class_names.split(",")]
     if args.coop_split is not None:
         splits = read_coop_split(args.coop_split, args.image_root)
@@ -100,7 +100,7 @@ def load_data(args: DataArguments, num_shots: int, label_column: str, seed: int)
     eval_split = args.eval_split or next((s for s in ("test", "validation", "valid", "val") if s in splits), None)
     if num_shots == 0:
         if eval_split is None:
-            sys.exit("With all pictures for training none is left to test on: pass --eval_split or --num_shots.")
+            sys.exit("With all images for training none is left to test on: pass --eval_split or --num_shots.")
         return pool, splits[eval_split]
     if eval_split is not None:
         return sample_few_shot(pool, num_shots, label_column, seed, names), splits[eval_split]
@@ -143,7 +143,7 @@ def main() -> None:
     )
     trainer = CoOpTrainer(model=model, args=training_args, train_dataset=train, eval_dataset=test)
     source = data_args.dataset or data_args.coop_split
-    trainer.about = {"dataset": source or f"the embedded emoji pictures, style {data_args.style}"}
+    trainer.about = {"dataset": source or f"the embedded emoji images, style {data_args.style}"}
     if data_args.dataset is not None and not os.path.exists(data_args.dataset):
         trainer.about["dataset_id"] = data_args.dataset
 
@@ -176,13 +176,13 @@ def show(model: CoOpModel, args: CoOpTrainingArguments, results: dict, num_train
     vectors = f"{model.config.n_ctx} vectors" + (" for each class" if model.config.class_specific else "")
     rows = [
         (f'hand-written prompt "{model.config.template}"', f"{before:.1%}"),
-        (f"learned prompt ({vectors}, {num_train} pictures)", f"{after:.1%}"),
+        (f"learned prompt ({vectors}, {num_train} images)", f"{after:.1%}"),
         ("gain", f"{100 * (after - before):+.1f} points"),
         ("time to train", f"{results['train_runtime']:.1f} s"),
         ("time in all", f"{results['total_runtime']:.1f} s"),
     ]
     width = max(len(name) for name, _ in rows)
-    print(f"\nAccuracy on {num_test} test pictures, {len(model.class_names)} classes, seed {args.seed}")
+    print(f"\nAccuracy on {num_test} test images, {len(model.class_names)} classes, seed {args.seed}")
     for name, value in rows:
         print(f"  {name:<{width}}  {value:>12}")
     print(f"The learned prompt is in {args.output_dir}: CoOpModel.from_pretrained({args.output_dir!r})")

@@ -1,4 +1,4 @@
-"""Small random CLIP models, tokenizers and pictures, built here: the tests need no network and no downloaded file.
+"""Small random CLIP models, tokenizers and images, built here: the tests need no network and no downloaded file.
 
 Session fixtures are shared: a test that changes a model makes its own with `make_base`.
 """
@@ -15,7 +15,8 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from coop_hf import CoOpModel
-from coop_hf.methods import Options, make_task
+from coop_hf.experiments.methods import Options
+from coop_hf.experiments.tasks import make_task
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -191,7 +192,7 @@ def base_folder(base, processor, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def splits():
-    """Pictures of six classes, each of a colour of its own."""
+    """Images of six classes, each of a colour of its own."""
     random = np.random.RandomState(0)
     colours = np.random.RandomState(7).randint(0, 255, (len(COLOUR_NAMES), 3))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=COLOUR_NAMES)})

@@ -243,7 +243,7 @@ def _handler(hub: HubServer):
         def _repo(self, repo_id: str, write: bool = False) -> Repo:
             user, repo = self._user(), hub.repos.get(repo_id)
             if repo is None or (repo.private and user != self._owner(repo_id)):
-                # As on the Hub: who may not see a repository can't tell it from a missing one.
+                # As on the Hub: who may not see a repository cannot tell it from a missing one.
                 raise _Answer(401 if user is None else 404, "Repository not found", "RepoNotFound")
             if write and user is None:
                 raise _Answer(401, "Invalid username or password.")
@@ -340,7 +340,7 @@ def _handler(hub: HubServer):
             if create_pr and self._user() is None:
                 raise _Answer(401, "Invalid username or password.")
             if revision in repo.commits:
-                raise _Answer(400, "a commit can't be committed to: name a branch", "BadRequest")
+                raise _Answer(400, "a commit cannot be committed to: name a branch", "BadRequest")
             parent = self._commit(repo, revision)
             files, lfs, title, expected = dict(parent.files), set(parent.lfs), "", None
             for line in filter(None, body.split(b"\n")):

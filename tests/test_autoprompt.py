@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from coop_hf import CoOpConfig, CoOpModel
 from coop_hf.baselines.autoprompt import _Search, autoprompt, project_context, prompt_vocabulary
 from coop_hf.baselines.zero_shot import class_embeddings, zero_shot_logits
-from coop_hf.embedded import emoji_model_path
+from coop_hf.demo.emoji import emoji_model_path
 
 
 NAMES = ["cat", "sea_lion", "ground vehicle"]
@@ -171,7 +171,7 @@ def test_errors(model, examples, words, tokenizer):
         autoprompt(model, images, labels, num_steps=1, vocabulary=pieces)
 
 
-def test_the_objective_accuracy_counts_wrong_pictures(model, examples, words):
+def test_the_objective_accuracy_counts_wrong_images(model, examples, words):
     images, labels = examples
     search = _Search(model, None, "end", 2, images, labels)
     candidates = [[a, b] for a in words[:3] for b in words[:3]]

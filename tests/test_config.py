@@ -5,7 +5,8 @@ import warnings
 import pytest
 
 from coop_hf import CoOpConfig, __version__
-from coop_hf.config import ADAPTER_CONFIG_NAME, FORMAT_VERSION, check_class_names, clean_class_name
+from coop_hf.checks import check_class_names, clean_class_name
+from coop_hf.config import ADAPTER_CONFIG_NAME, FORMAT_VERSION
 
 
 FULL = {
@@ -159,6 +160,6 @@ def test_clean_class_name():
 
 @pytest.mark.parametrize("value", ["\ud800", "cat \udfff"])
 def test_text_that_no_file_can_hold(value):
-    """A lone surrogate can't be written as UTF-8: said at once, not when the trained adapter is saved."""
+    """A lone surrogate cannot be written as UTF-8: said at once, not when the trained adapter is saved."""
     with pytest.raises(ValueError):
         CoOpConfig(class_names=["dog", value])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from coop_hf import CoOpConfig
-from coop_hf.context import CONTEXT_STD, init_context, num_context_tokens
+from coop_hf.adapters.coop import CONTEXT_STD, init_context, num_context_tokens
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from conftest import make_base
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from coop_hf import CoOpConfig, CoOpModel
-from coop_hf.coop_checkpoint import find_coop_checkpoint, from_coop_checkpoint, main, read_coop_checkpoint
+from coop_hf.files.coop_checkpoint import find_coop_checkpoint, from_coop_checkpoint, main, read_coop_checkpoint
 
 
 NAMES = ["cat", "Sea_lion", "dog house", "kite (bird)"]
@@ -129,7 +129,7 @@ def test_context_alone_as_the_pasted_workaround_leaves_it(tokenizer, processor, 
     context, _ = original_state(base, NAMES, 4, True, torch.float32)
     torch.save({"state_dict": {"ctx": context}, "epoch": 3}, tmp_path / "c")
     assert read_coop_checkpoint(tmp_path / "c")["epoch"] == 3
-    with pytest.raises(ValueError, match="class names can't be read off it: pass `class_names"):
+    with pytest.raises(ValueError, match="class names cannot be read off it: pass `class_names"):
         from_coop_checkpoint(tmp_path / "c", base, processor=processor)
     model = from_coop_checkpoint(tmp_path / "c", base, NAMES, processor=processor)
     assert torch.equal(model.context.detach(), context)
@@ -321,7 +321,7 @@ def test_command_line(tokenizer, processor, base, base_folder, tmp_path, capsys)
 
 def test_command_line_as_a_module(tokenizer, base, base_folder, tmp_path):
     write_checkpoint(tmp_path / "model-best.pth.tar", tokenizer, base, class_specific=True, dtype=torch.float16)
-    command = [sys.executable, "-m", "coop_hf.coop_checkpoint", str(tmp_path), str(tmp_path / "a")]
+    command = [sys.executable, "-m", "coop_hf.files.coop_checkpoint", str(tmp_path), str(tmp_path / "a")]
     run = subprocess.run([*command, "--base_model", str(base_folder)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "class-specific context, 4 vectors of 32, 4 classes" in run.stdout

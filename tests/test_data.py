@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from coop_hf.data import LabelledImages, collate, resolve_labels, sample_few_shot
-from coop_hf.transforms import eval_transform, train_transform
+from coop_hf.data.few_shot import resolve_labels, sample_few_shot
+from coop_hf.data.labelled_images import LabelledImages, collate
+from coop_hf.data.transforms import eval_transform, train_transform
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_sample_few_shot_is_fixed_for_ever_and_uniform():
     assert counts.sum() == 400 * 6 and abs(counts - 120).max() < 46
 
 
-def test_sample_few_shot_reads_no_picture():
+def test_sample_few_shot_reads_no_image():
     dataset = image_dataset().cast_column("image", datasets.Image(decode=False))
     dataset = dataset.map(lambda row: {"image": {"bytes": b"broken", "path": None}})
     dataset = dataset.cast_column("image", datasets.Image())
@@ -124,12 +125,12 @@ def test_sample_few_shot_reads_no_picture():
         ([0, 0, 1], {"num_shots": 0}, ValueError, "`num_shots` must be at least 1, got 0"),
         ([0, 0, 1], {"num_shots": 1.5}, TypeError, "must be integers, got 1.5"),
         ([0, 0, 1], {"num_shots": 1, "seed": -1}, ValueError, "`seed` must be from 0"),
-        ([0, 0, 1], {"num_shots": 2}, ValueError, r"fewer than 2 pictures: '1 \(1\)'.*at most 1 shots"),
+        ([0, 0, 1], {"num_shots": 2}, ValueError, r"fewer than 2 images: '1 \(1\)'.*at most 1 shots"),
         (
             [0, 0, 1],
             {"num_shots": 1, "class_names": CLASS_NAMES},
             ValueError,
-            "1 of 3 classes have no picture: 'sea_lion'",
+            "1 of 3 classes have no image: 'sea_lion'",
         ),
         ([0, 0, 1], {"num_shots": 1, "label_column": "y"}, ValueError, "no column 'y'; it has 'label', 'row'"),
         ([0, 3], {"num_shots": 1, "class_names": CLASS_NAMES}, ValueError, "Row 1 has the label 3"),
@@ -212,14 +213,14 @@ def test_image_columns_of_each_kind(processor, tmp_path):
 
 def broken_dataset(tmp_path):
     data = [encoded(picture(i)) for i in range(6)]
-    data[1], data[4] = b"no picture", data[4][: len(data[4]) // 2]
+    data[1], data[4] = b"no image", data[4][: len(data[4]) // 2]
     rows = [{"bytes": item, "path": None} for item in data]
     rows[5] = {"bytes": None, "path": str(tmp_path / "gone.png")}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASS_NAMES)})
     return datasets.Dataset.from_dict({"image": rows, "label": [0, 1, 2, 0, 1, 2]}, features=features)
 
 
-def test_unreadable_pictures(processor, tmp_path, caplog):
+def test_unreadable_images(processor, tmp_path, caplog):
     dataset = broken_dataset(tmp_path)
     images = LabelledImages(dataset, processor)
     images[0]
@@ -232,12 +233,12 @@ def test_unreadable_pictures(processor, tmp_path, caplog):
             images[row]
     with caplog.at_level(logging.WARNING):
         kept = LabelledImages(dataset, processor, seed=1, on_bad_image="skip")
-    assert "Left out 3 of 6 pictures" in caplog.text and "rows 1, 4, 5" in caplog.text
+    assert "Left out 3 of 6 images" in caplog.text and "rows 1, 4, 5" in caplog.text
     assert kept.skipped == [1, 4, 5] and kept.rows.tolist() == [0, 2, 3] and kept.labels.tolist() == [0, 2, 0]
     assert len(kept) == 3 and kept[1]["labels"] == 2
     # Skipping does not change the augmentation of the others.
     assert torch.equal(kept.view(2, 7), LabelledImages(dataset, processor, seed=1).view(3, 7))
-    with pytest.raises(ValueError, match="None of the 1 pictures can be read. The first: .*row 0"):
+    with pytest.raises(ValueError, match="None of the 1 images can be read. The first: .*row 0"):
         LabelledImages(dataset.select([4]), processor, on_bad_image="skip")
     assert LabelledImages(image_dataset(), processor, on_bad_image="skip").skipped == []
     loader = DataLoader(images, batch_size=6, collate_fn=collate, num_workers=1, persistent_workers=True)
@@ -252,7 +253,7 @@ def test_unreadable_pictures(processor, tmp_path, caplog):
         ({"label_column": "class"}, "no column 'class'.*`label_column=`"),
         (
             {"image_column": "label"},
-            r"'label' holds ClassLabel.*no picture.*\(columns with a datasets.Image: 'image'\)",
+            r"'label' holds ClassLabel.*no image.*\(columns with a datasets.Image: 'image'\)",
         ),
         ({"class_names": ["a"]}, "has 1 names, but"),
         ({"on_bad_image": "ignore"}, "`on_bad_image` must be 'raise' or 'skip', got 'ignore'"),

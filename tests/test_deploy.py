@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from coop_hf import CoOpConfig, CoOpModel
-from coop_hf.deploy import CoOpImageClassificationPipeline, as_image_classifier, export_onnx
+from coop_hf.deploy.export import as_image_classifier, export_onnx
+from coop_hf.pipeline import CoOpImageClassificationPipeline
 
 
 NAMES = ["cat", "dog", "sea_lion", "photo of a yak"]
@@ -118,7 +119,7 @@ def test_pipeline_gives_what_predict_gives(model, tmp_path):
     classifier = pipeline("coop-image-classification", model=model, device="cpu")
     assert isinstance(classifier, CoOpImageClassificationPipeline)
     images = [picture(seed) for seed in range(5)]
-    images[0].save(tmp_path / "picture.png")
+    images[0].save(tmp_path / "image.png")
     expected = model.predict(images, top_k=None)
 
     def same(found, expected):
@@ -132,7 +133,7 @@ def test_pipeline_gives_what_predict_gives(model, tmp_path):
     same(classifier(images), expected)
     same(classifier(images, batch_size=3), expected)
     same([classifier(images[0])], expected[:1])
-    same([classifier(str(tmp_path / "picture.png"))], expected[:1])
+    same([classifier(str(tmp_path / "image.png"))], expected[:1])
     same([classifier(images[0], top_k=2)], [expected[0][:2]])
     same(list(classifier(image for image in images)), expected)
     assert "classes=4" in repr(classifier)

@@ -1,6 +1,6 @@
 """The pages' Python is run as written, in the order of a reader, against a local Hub and folders of emoji.
 
-Only names are replaced: OpenAI's model by the embedded one, and pictures that a reader would have by emoji.
+Only names are replaced: OpenAI's model by the embedded one, and images that a reader would have by emoji.
 """
 
 import os
@@ -36,15 +36,15 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
 
 
-def write_pictures(folder: Path) -> None:
-    """A folder of class folders, and the single pictures that the pages name."""
+def write_images(folder: Path) -> None:
+    """A folder of class folders, and the single images that the pages name."""
     emoji = load_emoji()["train"]
     names = emoji.features["label"].names
     for row in range(len(emoji)):
-        place = folder / "my_pictures" / names[emoji[row]["label"]].replace(" ", "_")
+        place = folder / "my_images" / names[emoji[row]["label"]].replace(" ", "_")
         place.mkdir(parents=True, exist_ok=True)
         emoji[row]["image"].save(place / f"{row}.png")
-    for row, name in enumerate(("cat.jpg", "a.jpg", "b.jpg", "picture.jpg")):
+    for row, name in enumerate(("cat.jpg", "a.jpg", "b.jpg", "image.jpg")):
         emoji[row]["image"].convert("RGB").save(folder / name)
 
 
@@ -70,13 +70,13 @@ def run_pages(pages, folder, url="http://127.0.0.1:9", token=None, before="", sk
 
 
 def test_readme(tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     run_pages(["README.md"], tmp_path)
     assert (tmp_path / "my-prompt" / "adapter_model.safetensors").stat().st_size < 40_000
 
 
 def test_quick_start_and_training(tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     before = "from coop_hf import CoOpTrainer\n"
     run_pages(["docs/quickstart.md"], tmp_path, before=before)
     emoji_model_path()
@@ -129,7 +129,7 @@ def test_the_pages_of_the_methods(tmp_path, name):
     page = f"docs/methods/{name}.md"
     output = run_pages([page], tmp_path, skip="# needs the Hub")
     number = r"-?\d+\.?\d*(?:e-?\d+)?"
-    if name in ("zero_shot", "cupl", "interpret"):  # nothing is trained: the same on any machine, up to a picture
+    if name in ("zero_shot", "cupl", "interpret"):  # nothing is trained: the same on any machine, up to an image
         expected = printed(page)
         assert re.sub(number, "#", output).split() == re.sub(number, "#", expected).split()
         for found, said in zip(re.findall(number, output), re.findall(number, expected), strict=True):

@@ -1,4 +1,4 @@
-"""The emoji pictures and the small model that come with the repository, and their loader."""
+"""The emoji images and the small model that come with the repository, and their loader."""
 
 import io
 import os
@@ -12,12 +12,12 @@ from datasets import ClassLabel, Image, Value
 from PIL import Image as PILImage
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from coop_hf import embedded
 from coop_hf.baselines import read_prompts
-from coop_hf.embedded import EMOJI_SPLITS, EMOJI_STYLES, emoji_cupl_path, emoji_model_path, load_emoji
+from coop_hf.demo import emoji as embedded
+from coop_hf.demo.emoji import EMOJI_SPLITS, EMOJI_STYLES, emoji_cupl_path, emoji_model_path, load_emoji
 
 
-FOLDER = Path(embedded.__file__).resolve().parent.parent / "examples" / "emoji"
+FOLDER = Path(embedded.__file__).resolve().parents[2] / "examples" / "emoji"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="examples/emoji is in the repository only")
 
 CLASSES = [
@@ -87,7 +87,7 @@ def test_splits_share_no_emoji_in_any_style_pair(emoji):
     assert not names["validation"] & names["test"]
 
 
-def test_no_held_out_picture_is_a_training_picture(emoji):
+def test_no_held_out_image_is_a_training_image(emoji):
     def pictures(split):
         found = {}
         for style, parts in emoji.items():
@@ -100,7 +100,7 @@ def test_no_held_out_picture_is_a_training_picture(emoji):
     assert not seen.keys() & pictures("validation").keys()
 
 
-def test_pictures_are_square_rgb_on_white(emoji):
+def test_images_are_square_rgb_on_white(emoji):
     for parts in emoji.values():
         for part in parts.values():
             image = part[0]["image"]
@@ -135,7 +135,7 @@ def test_unknown_style_names_the_styles():
         load_emoji("wingdings")
 
 
-def test_missing_folder_says_where_the_pictures_are(monkeypatch, tmp_path):
+def test_missing_folder_says_where_the_images_are(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded, "_FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"not with the wheel. Clone"):
         load_emoji()

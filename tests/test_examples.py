@@ -64,20 +64,20 @@ def test_accelerate_launch_with_two_processes(default_run, tmp_path):
     one = json.loads((default_run[0] / "coop_output" / "all_results.json").read_text())
     two = json.loads((tmp_path / "coop_output" / "all_results.json").read_text())
     assert two["zero_shot_accuracy"] == one["zero_shot_accuracy"]
-    # 200 steps of Adam magnify rounding: the context differs by 1e-3 or so, a few pictures may change sides.
+    # 200 steps of Adam magnify rounding: the context differs by 1e-3 or so, a few images may change sides.
     assert two["eval_accuracy"] == pytest.approx(one["eval_accuracy"], abs=0.02)
 
 
-def test_ones_own_pictures(tmp_path):
+def test_ones_own_images(tmp_path):
     emoji = load_emoji()["train"]
     names = emoji.features["label"].names
     labels = emoji["label"]
     for row in range(len(emoji)):
         if labels[row] < 4:
-            place = tmp_path / "pictures" / names[labels[row]]
+            place = tmp_path / "images" / names[labels[row]]
             place.mkdir(parents=True, exist_ok=True)
             emoji[row]["image"].save(place / f"{row}.png")
-    given = ["--dataset", "pictures", "--base_model", emoji_model_path(), "--num_shots", 4, "--seed", 3]
+    given = ["--dataset", "images", "--base_model", emoji_model_path(), "--num_shots", 4, "--seed", 3]
     given += [
         "--n_ctx",
         6,
@@ -93,7 +93,7 @@ def test_ones_own_pictures(tmp_path):
     assert model.config.class_specific and model.config.class_token_position == "middle"
     assert sorted(model.class_names) == sorted(names[:4])
     drawn, rest = 16, sum(label < 4 for label in labels) - 16
-    assert f"{drawn} pictures" in output and f"{rest} test pictures" in output
+    assert f"{drawn} images" in output and f"{rest} test images" in output
 
 
 def test_a_split_of_the_coop_benchmark(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coop_hf import CoOpModel, EmbeddedImages, LabelledImages, embed_images
-from coop_hf.feature_cache import FeatureCache, default_cache_dir
-from coop_hf.transforms import train_transform
+from coop_hf.data.feature_cache import FeatureCache, default_cache_dir
+from coop_hf.data.transforms import train_transform
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def labelled(dataset, processor, **kwargs):
 
 @pytest.fixture
 def counted(model, monkeypatch):
-    """Counts the pictures that go through the image tower."""
+    """Counts the images that go through the image tower."""
     seen = []
     real = model.get_image_features
     monkeypatch.setattr(model, "get_image_features", lambda pixels: (seen.append(len(pixels)), real(pixels))[1])
@@ -71,7 +71,7 @@ def test_a_second_run_computes_nothing_and_gives_the_same_bits(model, processor,
     assert torch.equal(first, second)
 
 
-def test_pictures_are_known_by_content_not_by_data_set(model, processor, tmp_path, counted):
+def test_images_are_known_by_content_not_by_data_set(model, processor, tmp_path, counted):
     whole = pictures(9)
     embed_images(model, labelled(whole, processor), cache_dir=tmp_path, progress=False)
     part = embed_images(model, labelled(whole.select([8, 2, 5]), processor), cache_dir=tmp_path, progress=False)
@@ -109,7 +109,7 @@ def test_other_augmentations_are_not_mixed_up(model, processor, tmp_path, counte
 
 
 def test_interrupted_it_goes_on(model, processor, tmp_path, monkeypatch, counted):
-    monkeypatch.setattr("coop_hf.feature_cache._FILE_ROWS", 4)
+    monkeypatch.setattr("coop_hf.data.feature_cache._FILE_ROWS", 4)
     images = labelled(pictures(10), processor)
     real = FeatureCache.add
 
@@ -129,12 +129,12 @@ def test_interrupted_it_goes_on(model, processor, tmp_path, monkeypatch, counted
 
 
 def test_where_nothing_can_be_written_it_says_so_and_goes_on(model, processor, tmp_path, monkeypatch, caplog, counted):
-    monkeypatch.setattr("coop_hf.feature_cache._FILE_ROWS", 4)
+    monkeypatch.setattr("coop_hf.data.feature_cache._FILE_ROWS", 4)
     (tmp_path / "features").write_text("a file where the cache wants a folder")
     images = labelled(pictures(10), processor)
     result = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
     torch.testing.assert_close(result[0], direct(model, images), rtol=1e-5, atol=1e-6)
-    assert len([r for r in caplog.records if "can't be kept" in r.message and "COOP_HF_CACHE" in r.message]) == 1
+    assert len([r for r in caplog.records if "cannot be kept" in r.message and "COOP_HF_CACHE" in r.message]) == 1
     before = sum(counted)
     assert torch.equal(embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False), result)
     assert sum(counted) - before == 10
@@ -160,7 +160,7 @@ def test_damaged_it_says_so_and_is_rebuilt(model, processor, tmp_path, caplog, d
 
 
 def test_a_changed_file_is_computed_again(model, processor, tmp_path, counted):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     PIL.Image.new("RGB", (20, 20), "red").save(path)
     dataset = datasets.Dataset.from_dict({"image": [str(path)], "label": [0]}).cast_column("image", datasets.Image())
     images = LabelledImages(dataset, processor, class_names=["a", "b", "c"])

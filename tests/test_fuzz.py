@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from coop_hf import CoOpConfig
 from coop_hf.config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from coop_hf.saving import WEIGHTS_KEY, read_adapter
+from coop_hf.files.adapter_files import WEIGHTS_KEY, read_adapter
 
 
 COUNT = int(os.environ.get("COOP_HF_FUZZ", 2000))

@@ -17,7 +17,8 @@ from conftest import make_base
 from hub_server import HubServer
 
 from coop_hf import CoOpConfig, CoOpModel
-from coop_hf.hub import find_file, has_file, push_to_hub
+from coop_hf.files.publish import push_to_hub
+from coop_hf.hub import find_file, has_file
 
 
 NAMES = ["cat", "dog", "sea_lion"]
@@ -117,7 +118,7 @@ def test_push_pull_list_revisions_and_offline(hub, token, base, processor, base_
         tmp_path,
         """
         from coop_hf import CoOpModel
-        from coop_hf.hub import push_to_hub
+        from coop_hf.files.publish import push_to_hub
         model = CoOpModel.from_pretrained("adapter", is_trainable=True)
         infos = [push_to_hub(model, "ada/flowers", private=False, commit_message="First")]
         model.context.data.neg_()

@@ -29,7 +29,7 @@ def test_nearest_rows_against_all_distances(metric, chunk_bytes):
 
 
 def test_close_calls_are_decided_exactly():
-    # Far from the origin fp32 squares can't tell these rows apart; their exact distances can.
+    # Far from the origin fp32 squares cannot tell these rows apart; their exact distances can.
     offsets = torch.tensor([3e-3, 1e-3, 2e-3, 4e-3])
     table = torch.full((4, 8), 100.0)
     table[:, 0] += offsets

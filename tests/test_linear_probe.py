@@ -146,7 +146,7 @@ def test_missing_scikit_learn(monkeypatch):
 
 
 def caltech_accuracy(shots):
-    """Test accuracy with min(shots, 4) validation pictures a class, as in the paper."""
+    """Test accuracy with min(shots, 4) validation images a class, as in the paper."""
     data = np.load(FEATURES, allow_pickle=False)
     rng, labels = np.random.default_rng(1), data["val_labels"]
     rows = [rng.permutation(np.flatnonzero(labels == c))[: min(shots, 4)] for c in range(100)]

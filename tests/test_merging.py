@@ -11,7 +11,7 @@ from conftest import make_base
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, pipeline
 
 from coop_hf import CoOpConfig, CoOpModel
-from coop_hf.merging import merge_and_unload
+from coop_hf.deploy.merging import merge_and_unload
 
 
 NAMES = ["cat", "sea_lion", "Dog", "photo of  a yak", "kite (bird)", "x<y> & {z}"]
@@ -168,7 +168,7 @@ def test_transformers_alone_saves_and_loads_it(tokenizer, tmp_path):
     expected = pipeline_scores(clip, processor, picture())
     clip.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    picture().save(tmp_path / "picture.png")
+    picture().save(tmp_path / "image.png")
     program = """
 import json, sys
 from transformers import CLIPModel, CLIPProcessor, pipeline
@@ -176,7 +176,7 @@ folder = sys.argv[1]
 clip, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
 prompt = clip.config.coop_hf
 classifier = pipeline("zero-shot-image-classification", model=folder, device="cpu")
-answers = classifier(f"{folder}/picture.png", candidate_labels=prompt["candidate_labels"],
+answers = classifier(f"{folder}/image.png", candidate_labels=prompt["candidate_labels"],
                      hypothesis_template=prompt["hypothesis_template"])
 assert not any(name.startswith("coop_hf") for name in sys.modules)
 assert isinstance(processor, CLIPProcessor)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from conftest import COLOUR_NAMES, COLOUR_OPTIONS
 
-from coop_hf import methods, sample_few_shot
+from coop_hf import sample_few_shot
+from coop_hf.experiments import methods, tasks
 
 
 def test_task_holds_the_embeddings(model, splits, task):
@@ -13,10 +14,10 @@ def test_task_holds_the_embeddings(model, splits, task):
 
 
 def test_draws_are_those_of_sample_few_shot(splits, task):
-    few = methods.draw_few_shot(task, 5, seed=3, with_pictures=True)
+    few = tasks.draw_few_shot(task, 5, seed=3, with_images=True)
     own = sample_few_shot(splits["train"].add_column("row", list(range(36))), 5, seed=3)
     assert few.rows == own["row"][:] and few.labels.tolist() == own["label"][:]
-    assert few.pictures["label"][:] == own["label"][:]
+    assert few.images["label"][:] == own["label"][:]
     assert torch.equal(few.image_embeds, task.parts["train"][0][few.rows])
     assert len(few.val_labels) == 6 * 4 and few.val_labels.bincount().tolist() == [4] * 6  # min(shots, 4)
     rest = sorted(set(range(36)) - set(few.rows))
@@ -24,43 +25,43 @@ def test_draws_are_those_of_sample_few_shot(splits, task):
 
 
 def test_selected_classes_keep_their_row_numbers(splits, task):
-    part = methods.select_classes(task, [4, 1], "two")
+    part = tasks.select_classes(task, [4, 1], "two")
     embeds, labels = part.parts["test"]
     old = task.parts["test"][1]
     assert part.class_names == ["of", "dog"] and labels.tolist() == [
         {4: 0, 1: 1}[c] for c in old.tolist() if c in (4, 1)
     ]
     assert torch.equal(embeds, task.parts["test"][0][(old == 4) | (old == 1)])
-    few = methods.draw_few_shot(part, 2, seed=1, with_pictures=True)
+    few = tasks.draw_few_shot(part, 2, seed=1, with_images=True)
     assert [splits["train"]["label"][row] for row in few.rows] == [4, 4, 1, 1]
-    assert few.pictures["label"][:] == [0, 0, 1, 1]
-    again = methods.select_classes(part, [1, 0])
-    assert [splits["train"]["label"][row] for row in methods.draw_few_shot(again, 2, seed=1).rows] == [1, 1, 4, 4]
+    assert few.images["label"][:] == [0, 0, 1, 1]
+    again = tasks.select_classes(part, [1, 0])
+    assert [splits["train"]["label"][row] for row in tasks.draw_few_shot(again, 2, seed=1).rows] == [1, 1, 4, 4]
 
 
 def test_validation_is_held_out_where_there_is_none(model, splits, monkeypatch, tmp_path):
     monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path))
     parts = {"train": splits["train"], "test": splits["test"]}
-    task = methods.make_task(model, parts, "no validation", progress=False)
+    task = tasks.make_task(model, parts, "no validation", progress=False)
     assert len(task.parts["train"][1]) == 30 and task.parts["validation"][1].bincount().tolist() == [1] * 6
-    few = methods.draw_few_shot(task, 5, seed=0)
+    few = tasks.draw_few_shot(task, 5, seed=0)
     assert [splits["train"]["label"][row] for row in few.rows] == few.labels.tolist()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_wrong_labels(share):
     labels = torch.arange(5).repeat(40)
-    noisy = methods.corrupt_labels(labels, share, 5, seed=1)
+    noisy = tasks.corrupt_labels(labels, share, 5, seed=1)
     assert (noisy != labels).sum() == round(share * 200) and noisy.min() >= 0 and noisy.max() < 5
     if share == 0.25:  # nested
         wrong = noisy != labels
-        assert torch.equal(noisy[wrong], methods.corrupt_labels(labels, 0.5, 5, seed=1)[wrong])
+        assert torch.equal(noisy[wrong], tasks.corrupt_labels(labels, 0.5, 5, seed=1)[wrong])
         assert set((noisy - labels)[wrong].remainder(5).tolist()) == {1, 2, 3, 4}
 
 
 def test_coop_learns_in_a_protocol(model, task, tmp_path):
     torch.manual_seed(5)
-    few = methods.draw_few_shot(task, 4, seed=1)
+    few = tasks.draw_few_shot(task, 4, seed=1)
     predict = methods.METHODS["coop_m4"].fit(model, few, COLOUR_OPTIONS)
     loss = torch.nn.functional.cross_entropy(predict(few.image_embeds, COLOUR_NAMES), few.labels)
     start = methods._make_student(model, few, COLOUR_OPTIONS, n_ctx=4)(
@@ -73,9 +74,9 @@ def test_coop_learns_in_a_protocol(model, task, tmp_path):
     assert torch.equal(again(few.image_embeds, COLOUR_NAMES), predict(few.image_embeds, COLOUR_NAMES))
 
 
-def test_paper_recipe_trains_on_augmented_pictures(model, task, monkeypatch, tmp_path):
+def test_paper_recipe_trains_on_augmented_images(model, task, monkeypatch, tmp_path):
     monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path))
-    few = methods.draw_few_shot(task, 1, seed=1, with_pictures=True)
+    few = tasks.draw_few_shot(task, 1, seed=1, with_images=True)
     seen = []
 
     class Trainer(methods.CoOpTrainer):
@@ -91,7 +92,7 @@ def test_other_methods_score_the_classes_they_are_given(model, task, monkeypatch
     whole = methods.autoprompt
     monkeypatch.setattr(methods, "autoprompt", lambda *args, **kwargs: whole(*args, **{**kwargs, "num_steps": 1}))
     options = methods.Options("a {}.", ("a {}.",), cupl={name: [f"a {name}"] for name in COLOUR_NAMES})
-    few = methods.draw_few_shot(task, 1, seed=1)
+    few = tasks.draw_few_shot(task, 1, seed=1)
     for name in ("ensemble", "cupl", "autoprompt"):
         assert methods.METHODS[name].fit(model, few, options)(few.image_embeds, ["dog", "sea"]).shape == (6, 2)
     rare = methods.Options("zyxqv a {}.", ("a {}.",))  # no prompt of whole words to start from
@@ -104,7 +105,7 @@ def test_other_methods_score_the_classes_they_are_given(model, task, monkeypatch
 def test_pet_in_a_protocol_sees_the_rest_of_the_pool(model, task, monkeypatch):
     calls = []
     monkeypatch.setattr(methods, "fit_pet", lambda *args, **kwargs: calls.append(args))
-    few = methods.draw_few_shot(task, 1, seed=1)
+    few = tasks.draw_few_shot(task, 1, seed=1)
     methods.METHODS["pet"].fit(model, few, COLOUR_OPTIONS)
     ((_, teachers, images, labels, unlabelled),) = calls
     assert teachers[0] == list(COLOUR_OPTIONS.ensemble) and [t.shape for t in teachers[1:]] == [(6, 24)]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import EvalPrediction
 
-from coop_hf.metrics import ClassificationAccuracy, classification_scores, make_compute_metrics
+from coop_hf.training.metrics import ClassificationAccuracy, classification_scores, make_compute_metrics
 
 
 NAMES = ["cat", "dog", "owl", "yak"]

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from coop_hf import CoOpConfig, CoOpModel
-from coop_hf.model_card import CARD_NAME, code, make_card, write_card
+from coop_hf.files.model_card import CARD_NAME, code, make_card, write_card
 
 
 NAMES = ["cat", "dog", "sea_lion"]
@@ -81,12 +81,12 @@ def test_what_stands_in_a_card(base, processor):
     }
     learned = part(card, "learned")
     assert "`[V]1 … [V]4 [CLASS] .`, the class name at the end" in learned
-    assert "3 classes: `cat`, `dog`, `sea_lion`." in learned and "16 pictures of each class" in learned
+    assert "3 classes: `cat`, `dog`, `sea_lion`." in learned and "16 images of each class" in learned
     assert learned.count("| Seed | `1` |") == 1
     results = part(card, "results")
     assert "| Zero-shot, `a photo of a {}.` | 39.8 | 40.0 |" in results
     assert "| This prompt | **55.3** | **52.1** |" in results and "| Difference | +15.5 | +12.1 |" in results
-    assert "the `test` part of [ada/emoji](https://huggingface.co/datasets/ada/emoji) (160 pictures)" in results
+    assert "the `test` part of [ada/emoji](https://huggingface.co/datasets/ada/emoji) (160 images)" in results
     training = part(card, "training")
     assert "| `learning_rate` | `0.002` |" in training and "| Time | 1 min |" in training
     assert "| Hardware | `2 CPU cores` |" in training and "torch `" in training

@@ -166,7 +166,7 @@ def test_output(base, tokenizer, image_embeds):
     torch.testing.assert_close(model.logit_scale, base.logit_scale.exp())
 
 
-def test_pictures(base, processor):
+def test_images(base, processor):
     model = make_model(base, processor, n_ctx=2)
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = base.get_image_features(pixel_values=pixels).pooler_output
@@ -369,7 +369,7 @@ def test_adapter_names(base, tokenizer):
         with pytest.raises(ValueError, match="must be made of letters"):
             model.add_adapter(bad, class_names=["cat"])
     for bad in ("keys", "forward", "training"):
-        with pytest.raises(ValueError, match="can't name an adapter"):
+        with pytest.raises(ValueError, match="cannot name an adapter"):
             model.add_adapter(bad, class_names=["cat"])
     with pytest.raises(ValueError, match="'default' already"):
         model.add_adapter("default", class_names=["cat"])
@@ -763,9 +763,9 @@ def expected_prediction(model, picture, top_k):
     return [{"label": model.class_names[i], "score": pytest.approx(scores[i], abs=1e-6)} for i in ranked]
 
 
-def test_one_picture(predictor, pictures, tmp_path):
+def test_one_image(predictor, pictures, tmp_path):
     expected = expected_prediction(predictor, pictures[0], 5)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     pictures[0].save(path)
     array = np.asarray(pictures[0])
     for picture in (pictures[0], path, str(path), array, torch.tensor(array), path.read_bytes()):
@@ -777,7 +777,7 @@ def test_one_picture(predictor, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_many_pictures(predictor, pictures, batch_size, tmp_path):
+def test_many_images(predictor, pictures, batch_size, tmp_path):
     expected = [expected_prediction(predictor, picture, 3) for picture in pictures]
     paths = []
     for index, picture in enumerate(pictures):
@@ -804,7 +804,7 @@ def test_a_stack_of_arrays(predictor, pictures):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
-def test_modes_of_pictures(predictor, pictures, mode):
+def test_modes_of_images(predictor, pictures, mode):
     picture = pictures[0].convert(mode)
     (prediction,) = predictor.predict([picture], top_k=1)
     # Opaque, so that converting it to RGB by hand, as `expected_prediction` does, gives the same.
@@ -812,7 +812,7 @@ def test_modes_of_pictures(predictor, pictures, mode):
 
 
 def test_exif_orientation(predictor, pictures, tmp_path):
-    """A picture that a phone stored lying on its side is turned upright."""
+    """An image that a phone stored lying on its side is turned upright."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     stored = pictures[0].transpose(PIL.Image.Transpose.ROTATE_90)
@@ -822,17 +822,17 @@ def test_exif_orientation(predictor, pictures, tmp_path):
     assert predictor.predict(path) != expected_prediction(predictor, stored, 5)
 
 
-def test_unreadable_pictures(predictor, pictures, tmp_path):
+def test_unreadable_images(predictor, pictures, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     for bad in (broken, str(tmp_path / "missing.jpg"), None, np.full((4, 4, 3), 0.5), {"a": 1}, 7):
-        with pytest.raises(ValueError, match="^picture 2"):
+        with pytest.raises(ValueError, match="^image 2"):
             predictor.predict([pictures[0], pictures[1], bad], batch_size=2)
-    with pytest.raises(ValueError, match=r"^picture 0 \(.*broken\.png'?\)* can't be read"):
+    with pytest.raises(ValueError, match=r"^image 0 \(.*broken\.png'?\)* cannot be read"):
         predictor.predict(broken)
     buffer = io.BytesIO()
     pictures[0].save(buffer, "PNG")
-    with pytest.raises(ValueError, match="^picture 0"):
+    with pytest.raises(ValueError, match="^image 0"):
         predictor.predict(buffer.getvalue()[:-200])
 
 

@@ -24,8 +24,8 @@ def make_model(base, processor, **config):
     return CoOpModel(base, CoOpConfig(n_ctx=4, **config), NAMES, processor)
 
 
-def pictures_of(model, template, per_class, noise, seed):
-    """Pictures around the class embeddings of a template, which knows the truth."""
+def images_of(model, template, per_class, noise, seed):
+    """Images around the class embeddings of a template, which knows the truth."""
     generator = torch.Generator().manual_seed(seed)
     centres = class_embeddings(model, None, NAMES, template)
     # Class embeddings of one tower are close to each other: only what sets them apart is amplified.
@@ -76,8 +76,8 @@ def test_one_step_is_adam_on_the_stated_objective(base, processor):
     """A single step of Adam moves every value by the learning rate, against the sign of its gradient."""
     model = make_model(base, processor)
     start = model.context.detach().clone()
-    images, labels = pictures_of(model, "a {}.", 2, 0.1, 0)
-    unlabelled = pictures_of(model, "a {}.", 3, 0.1, 1)[0]
+    images, labels = images_of(model, "a {}.", 2, 0.1, 0)
+    unlabelled = images_of(model, "a {}.", 3, 0.1, 1)[0]
     targets = soft_labels(teacher_logits(model, ["a {}.", "{} of sea."], unlabelled), temperature=3.0)
     student = model(image_embeds=unlabelled).logits.log_softmax(dim=-1)
     loss = (targets * (targets.log() - student)).sum(dim=-1).mean()
@@ -105,12 +105,12 @@ def test_one_step_is_adam_on_the_stated_objective(base, processor):
 
 
 def test_soft_labels_beat_labels_alone(base, processor, tmp_path):
-    """One very noisy labelled picture of each class, and many unlabelled ones that a teacher reads well."""
+    """One very noisy labelled image of each class, and many unlabelled ones that a teacher reads well."""
     truth = "a photo of a {}."
     model = make_model(base, processor)
-    labelled = pictures_of(model, truth, 1, 1.0, 1)
-    unlabelled, _ = pictures_of(model, truth, 40, 0.1, 11)
-    test, test_labels = pictures_of(model, truth, 50, 0.1, 21)
+    labelled = images_of(model, truth, 1, 1.0, 1)
+    unlabelled, _ = images_of(model, truth, 40, 0.1, 11)
+    test, test_labels = images_of(model, truth, 50, 0.1, 21)
 
     def accuracy(student):
         return (student(image_embeds=test).logits.argmax(dim=-1) == test_labels).float().mean().item()
@@ -131,8 +131,8 @@ def test_soft_labels_beat_labels_alone(base, processor, tmp_path):
 
 def test_rounds_grow_and_the_student_becomes_a_teacher(base, processor):
     model = make_model(base, processor)
-    images, labels = pictures_of(model, "a {}.", 2, 0.1, 0)
-    unlabelled = pictures_of(model, "a {}.", 10, 0.1, 1)[0]
+    images, labels = images_of(model, "a {}.", 2, 0.1, 0)
+    unlabelled = images_of(model, "a {}.", 10, 0.1, 1)[0]
     result = fit_pet(model, ["a {}."], images, labels, unlabelled, num_rounds=3, num_steps=2)
     assert [len(entry["weights"]) for entry in result.history] == [1, 2, 2]
     sizes = [entry["num_unlabelled"] for entry in result.history]
@@ -152,7 +152,7 @@ def test_seed_and_base(processor, tokenizer):
     contexts = []
     for seed in (1, 1, 2):
         model = make_model(base, processor, class_specific=True)
-        images, labels = pictures_of(model, "a {}.", 1, 0.1, 0)
+        images, labels = images_of(model, "a {}.", 1, 0.1, 0)
         random = torch.random.get_rng_state()
         fit_pet(model, ["a {}."], images, labels, images, num_steps=2, seed=seed)
         assert torch.equal(torch.random.get_rng_state(), random)
@@ -171,7 +171,7 @@ def test_errors_say_what_is_wrong(base, processor):
         fit_pet(model, [torch.randn(3, 24)], images, labels, images)
     with pytest.raises(ValueError, match="expected 4 labels"):
         fit_pet(model, ["a {}."], images, labels + 1, images)
-    with pytest.raises(ValueError, match="without unlabelled pictures"):
+    with pytest.raises(ValueError, match="without unlabelled images"):
         fit_pet(model, ["a {}."], images, labels, images[:0])
     with pytest.raises(ValueError, match="temperature"):
         fit_pet(model, ["a {}."], images, labels, images, temperature=0)

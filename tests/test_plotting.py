@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from coop_hf.plotting import plot_confusion_matrix, plot_few_shot_curves, plot_gains, plot_predictions
+from coop_hf.experiments.plotting import plot_confusion_matrix, plot_few_shot_curves, plot_gains, plot_predictions
 
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -18,7 +18,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def has_picture(path):
+def has_image(path):
     pixels = np.asarray(PIL.Image.open(path).convert("RGB"))
     return min(pixels.shape[:2]) > 100 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
@@ -26,7 +26,7 @@ def has_picture(path):
 @pytest.mark.parametrize("spread", ["band", "bars", "none"])
 def test_few_shot_curves(tmp_path, spread):
     png, table = plot_few_shot_curves(RESULTS, tmp_path / "new" / "curve.png", zero_shot=0.4, spread=spread)
-    assert has_picture(png)
+    assert has_image(png)
     rows = rows_of(table)
     assert [(row["method"], int(row["shots"]), int(row["seeds"])) for row in rows] == [
         ("zero-shot CLIP", 0, 1), ("CoOp", 1, 2), ("CoOp", 16, 3), ("linear probe", 1, 1), ("linear probe", 16, 1)
@@ -37,7 +37,7 @@ def test_few_shot_curves(tmp_path, spread):
 
 def test_gains_are_sorted(tmp_path):
     png, table = plot_gains({"Food101": -0.026, "EuroSAT": 0.46, "SUN397": 0.107}, tmp_path / "gains.png")
-    assert has_picture(png)
+    assert has_image(png)
     assert [(row["name"], float(row["gain"])) for row in rows_of(table)] == [
         ("EuroSAT", 0.46), ("SUN397", 0.107), ("Food101", -0.026)
     ]  # fmt: skip
@@ -47,7 +47,7 @@ def test_gains_are_sorted(tmp_path):
 def test_confusion_matrix(tmp_path, normalize):
     names = ["cat", "dog", "owl"]
     png, table = plot_confusion_matrix([0, 1, 1, 2], [0, 0, 1, 2], names, tmp_path / "c.png", normalize=normalize)
-    assert has_picture(png)
+    assert has_image(png)
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[0][1:] == names and rows[1:] == [
@@ -62,7 +62,7 @@ def test_predictions(tmp_path):
     before = [[{"label": "dog", "score": 0.6}], [{"label": "owl", "score": 0.5}]]
     after = [[{"label": "cat", "score": 0.9}], [{"label": "owl", "score": 0.7}]]
     png, table = plot_predictions(images, before, after, ["cat", "owl"], tmp_path / "p.png")
-    assert has_picture(png)
+    assert has_image(png)
     assert rows_of(table)[0] == {
         "index": "0", "label": "cat", "before": "dog", "before_score": "0.6", "after": "cat", "after_score": "0.9"
     }  # fmt: skip

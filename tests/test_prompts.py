@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import sentence
 
-from coop_hf.prompts import encode_words, fill_template, make_layout, special_token_ids, tokenize_texts
+from coop_hf.core.layout import encode_words, fill_template, make_layout, special_token_ids, tokenize_texts
 
 
 POSITIONS = ["end", "middle", "front"]

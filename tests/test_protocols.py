@@ -11,9 +11,11 @@ import torch
 from conftest import COLOUR_NAMES, COLOUR_OPTIONS
 
 from coop_hf import CoOpModel
-from coop_hf import protocols as p
 from coop_hf.baselines import class_embeddings, fit_linear_probe, zero_shot_logits
-from coop_hf.methods import METHODS, Method, Options, Task, draw_few_shot, make_task, select_classes
+from coop_hf.experiments import protocols as p
+from coop_hf.experiments import tables
+from coop_hf.experiments.methods import METHODS, Method, Options
+from coop_hf.experiments.tasks import Task, draw_few_shot, make_task, select_classes
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -151,9 +153,9 @@ def test_label_noise_reaches_the_methods(model, task, tmp_path):
     clean, noisy = seen[0], seen[1]
     assert (clean[0] != noisy[0]).float().mean() == 0.5 and (clean[1] != noisy[1]).float().mean() == 0.5
     methods = {"zero_shot": METHODS["zero_shot"], "x": Method("x", fit)}
-    table = p.scores_by_method(results, methods, "noise")
+    table = tables.scores_by_method(results, methods, "noise")
     assert list(table["x"]) == [0.0, 0.5] and list(table["zero-shot CLIP"]) == [None]
-    assert p.results_table(table, [0.0, 0.5]).count("|") == 4 * 4
+    assert tables.results_table(table, [0.0, 0.5]).count("|") == 4 * 4
 
 
 def test_choose_template_looks_at_validation(model, task):
@@ -167,7 +169,7 @@ def test_choose_template_looks_at_validation(model, task):
 
 def test_table():
     scores = {"zero-shot": {0: [0.5]}, "learned": {1: [0.4, 0.6], 2: [0.7, 0.7]}}
-    table = p.results_table(scores, [1, 2], "shots")
+    table = tables.results_table(scores, [1, 2], "shots")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert rows[0] == ["shots", "1", "2"] and rows[2] == ["zero-shot", "50.0", "50.0"]
     assert rows[3] == ["learned", "50.0 ± 14.1", "70.0 ± 0.0"]  # sd of a sample: 0.1 · √2
@@ -196,7 +198,7 @@ def test_few_shot_command(monkeypatch, tmp_path, base_folder, colour_folder, cap
     names = ["few_shot_curve.csv", "few_shot_curve.json", "few_shot_curve.md", "few_shot_curve.png"]
     assert sorted(f.name for f in out.iterdir()) == names
     printed = capsys.readouterr().out
-    assert (out / "few_shot_curve.md").read_text() in printed and "colours, 6 classes, 48 test pictures" in printed
+    assert (out / "few_shot_curve.md").read_text() in printed and "colours, 6 classes, 48 test images" in printed
     results = json.loads((out / "few_shot_curve.json").read_text())
     assert results["settings"]["options"]["template"] == "a photo of a {}."
     assert len(results["settings"]["options"]["ensemble"]) == 8 and len(results["cells"]) == 4

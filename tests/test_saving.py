@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import CLIPModel
 
 from coop_hf import CoOpConfig, CoOpModel, __version__
-from coop_hf.saving import WEIGHTS_KEY, read_adapter, write_adapter, write_atomically
+from coop_hf.atomic import write_atomically
+from coop_hf.files.adapter_files import WEIGHTS_KEY, read_adapter, write_adapter
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -488,7 +489,7 @@ def test_an_interrupted_save_keeps_the_old_files(base, tokenizer, tmp_path, monk
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("coop_hf.saving.save_file", fail)
+    monkeypatch.setattr("coop_hf.atomic.save_file", fail)
     with torch.no_grad():
         model.context.add_(1)
     with pytest.raises(OSError, match="No space left"):

@@ -7,10 +7,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import reference_features, relative_error
 
-from coop_hf import shared_prefix
-from coop_hf.prompts import make_layout, tokenize_texts
-from coop_hf.shared_prefix import SharedPrefixPass
-from coop_hf.text_tower import plain_text_features
+from coop_hf.core import shared_prefix
+from coop_hf.core.layout import make_layout, tokenize_texts
+from coop_hf.core.shared_prefix import SharedPrefixPass
+from coop_hf.core.text_tower import plain_text_features
 
 
 POSITIONS = ["end", "middle", "front"]

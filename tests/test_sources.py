@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, image_dataset, picture
 
-from coop_hf.data import resolve_labels
-from coop_hf.sources import load_images, read_coop_split, read_few_shot_indices
+from coop_hf.data.few_shot import resolve_labels
+from coop_hf.data.sources import load_images, read_coop_split, read_few_shot_indices
 
 
 needs_splits = pytest.mark.skipif(not (SHARED / "splits").is_dir(), reason="no ../shared/data/splits here")
@@ -24,32 +24,32 @@ def write(path, content):
 
 @pytest.fixture
 def benchmark(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     content = {
         key: [[f"{key}_{i}.jpg", i % 2, ["face", "yin_yang"][i % 2]] for i in range(size)]
         for key, size in (("train", 6), ("val", 4), ("test", 2))
     }
     for entries in content.values():
         for file, _, _ in entries:
-            (tmp_path / "pictures" / file).write_bytes(b"never decoded")
+            (tmp_path / "images" / file).write_bytes(b"never decoded")
     return tmp_path, content
 
 
 def test_read_coop_split(benchmark):
     folder, content = benchmark
     path = write(folder / "split.json", content)
-    split = read_coop_split(path, folder / "pictures")
+    split = read_coop_split(path, folder / "images")
     assert {name: len(part) for name, part in split.items()} == {"train": 6, "validation": 4, "test": 2}
     assert split["train"].features["label"].names == ["face", "yin_yang"]
     row = split["test"].cast_column("image", datasets.Image(decode=False))[1]
-    assert row == {"image": {"bytes": None, "path": str(folder / "pictures" / "test_1.jpg")}, "label": 1}
+    assert row == {"image": {"bytes": None, "path": str(folder / "images" / "test_1.jpg")}, "label": 1}
     for part in ("val", "validation"):
-        assert read_coop_split(path, folder / "pictures", part=part)["label"][:] == [0, 1, 0, 1]
+        assert read_coop_split(path, folder / "images", part=part)["label"][:] == [0, 1, 0, 1]
 
 
 def test_bad_coop_splits(benchmark):
     folder, content = benchmark
-    root = folder / "pictures"
+    root = folder / "images"
     path = write(folder / "split.json", content)
 
     def fails(error, message, change=None, **options):
@@ -67,7 +67,7 @@ def test_bad_coop_splits(benchmark):
     fails(ValueError, "label 0 stands for 'face'.*'cup'", lambda c: c["val"].__setitem__(0, ["val_0.jpg", 0, "cup"]))
     fails(ValueError, "'face' has the label 0, but 5", lambda c: c["val"].__setitem__(0, ["val_0.jpg", 5, "face"]))
     fails(ValueError, "2 are missing", lambda c: c["val"].append(["val_0.jpg", 3, "cup"]))
-    fails(FileNotFoundError, "1 of 13 pictures.*gone.jpg", lambda c: c["val"].append(["gone.jpg", 0, "face"]))
+    fails(FileNotFoundError, "1 of 13 images.*gone.jpg", lambda c: c["val"].append(["gone.jpg", 0, "face"]))
     fails(ValueError, "no CoOp split file", lambda c: c.update(train=[], val=[], test=[]) or c.update(extra=1))
     with pytest.raises(FileNotFoundError, match="There is no CoOp split file at"):
         read_coop_split(folder / "none.json", root)
@@ -94,7 +94,7 @@ def few_shot_file(content, train, val):
 
 def test_read_few_shot_indices(benchmark):
     folder, content = benchmark
-    split = read_coop_split(write(folder / "split.json", content), folder / "pictures")
+    split = read_coop_split(write(folder / "split.json", content), folder / "images")
     few = few_shot_file(content, [4, 1], [0, 3])
     found = read_few_shot_indices(write(folder / "shot_1-seed_1.json", few), split)
     files = [x["path"] for x in found["train"].cast_column("image", datasets.Image(decode=False))["image"]]
@@ -129,7 +129,7 @@ def test_real_split_and_index_files(tmp_path):
         split = read_coop_split(folder / f"split_zhou_{name}.json", tmp_path, check_files=False)
         assert {key: len(part) for key, part in split.items()} == sizes
         assert split["train"].features["label"].num_classes == classes
-        with pytest.raises(FileNotFoundError, match=f"{sum(sizes.values())} of {sum(sizes.values())} pictures"):
+        with pytest.raises(FileNotFoundError, match=f"{sum(sizes.values())} of {sum(sizes.values())} images"):
             read_coop_split(folder / f"split_zhou_{name}.json", tmp_path)
     caltech = read_coop_split(folder / "split_zhou_Caltech101.json", tmp_path, check_files=False)
     for shots in (1, 16):
@@ -160,7 +160,7 @@ def class_folders(root, names, files=("a_1.png", "b_test_2.png")):
 
 def test_load_class_folders(tmp_path):
     # A class called "train", files called "_test_", characters of glob patterns: nothing may get lost.
-    root = class_folders(tmp_path / "my [pictures] *", ["dog", "cat", "train"])
+    root = class_folders(tmp_path / "my [images] *", ["dog", "cat", "train"])
     (root / ".hidden").mkdir()
     loaded = load_images(root)
     assert list(loaded) == ["train"] and len(loaded["train"]) == 6
@@ -221,7 +221,7 @@ def test_load_asks_the_hub_only_for_what_is_not_on_disk(tmp_path, monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    load_images(class_folders(tmp_path / "pictures", ["cat"]))
+    load_images(class_folders(tmp_path / "images", ["cat"]))
     for name in (tmp_path / "none", "./none", "a/b/c", "none.parquet", "~/none"):
         with pytest.raises(FileNotFoundError, match="There is no file or folder"):
             load_images(name)
@@ -244,7 +244,7 @@ def test_bad_folders(tmp_path):
         load_images(root)
     with pytest.raises(ValueError, match="lies deeper than its class folder"):
         load_images(tmp_path)
-    with pytest.raises(ValueError, match="No pictures"):
+    with pytest.raises(ValueError, match="No images"):
         load_images(root / "cow")
     with pytest.raises(ValueError, match="is a file, but no .parquet"):
         load_images(write(tmp_path / "x.txt", ""))

@@ -16,8 +16,8 @@ import torch
 torch.set_num_threads(1)
 import test_trainer as t
 from conftest import make_base, make_tokenizer
-from coop_hf.saving import read_adapter
-from coop_hf.trainer import CoOpTrainer, _last_checkpoint
+from coop_hf.files.adapter_files import read_adapter
+from coop_hf.training.trainer import CoOpTrainer, _last_checkpoint
 
 tokenizer = make_tokenizer()
 base = make_base(tokenizer)

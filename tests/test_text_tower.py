@@ -3,8 +3,8 @@ import torch
 from conftest import make_base
 from reference import reference_features, relative_error
 
-from coop_hf.prompts import make_layout, tokenize_texts
-from coop_hf.text_tower import check_base_model, plain_text_features, prompt_embeddings
+from coop_hf.core.layout import make_layout, tokenize_texts
+from coop_hf.core.text_tower import check_base_model, plain_text_features, prompt_embeddings
 
 
 POSITIONS = ["end", "middle", "front"]

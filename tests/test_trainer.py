@@ -16,7 +16,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages, LabelledImages
-from coop_hf.saving import read_adapter
+from coop_hf.files.adapter_files import read_adapter
 
 
 NAMES = ["cat", "dog", "sea"]
@@ -144,11 +144,11 @@ def test_accumulated_gradients_equal_one_batch(base, processor, tmp_path, count)
     )
     if count == 24:
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
-    else:  # 21 pictures are one batch of 12, or two groups of which the second holds 8
+    else:  # 21 images are one batch of 12, or two groups of which the second holds 8
         assert not torch.equal(parts, whole)
 
 
-def test_fewer_pictures_than_a_batch(base, processor, tmp_path):
+def test_fewer_images_than_a_batch(base, processor, tmp_path):
     data = embedded(7)
     expected = hand_written_training(make_model(base, processor), data, epochs=3, batch_size=7, seed=42)
     for accumulation in (1, 3):
@@ -164,7 +164,7 @@ def test_fewer_pictures_than_a_batch(base, processor, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cached_views_equal_pictures_decoded_at_every_step(base, processor, tmp_path, workers):
+def test_cached_views_equal_images_decoded_at_every_step(base, processor, tmp_path, workers):
     given = {"recipe": "paper", "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 0.1}
     cached = trained(make_model(base, processor), tmp_path, pictures(), **given)
     decoded = trained(
@@ -287,7 +287,7 @@ def test_a_checkpoint_holds_adapter_and_state_alone(base, processor, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
 @pytest.mark.parametrize("stop", [3, 4, 7])  # in the middle and at the end of an epoch of 4 steps
-@pytest.mark.parametrize("kind", ["embeddings", "pictures"])
+@pytest.mark.parametrize("kind", ["embeddings", "images"])
 def test_resumed_training_ends_with_the_same_bits(base, processor, tmp_path, recipe, stop, kind):
     data = embedded(17, views=3) if kind == "embeddings" else pictures(17)
     given = {
@@ -299,7 +299,7 @@ def test_resumed_training_ends_with_the_same_bits(base, processor, tmp_path, rec
         "learning_rate": 0.05,
         "cache_features": kind == "embeddings",
     }
-    if kind == "pictures":
+    if kind == "images":
         given["augment"] = True
     straight = trained(make_model(base, processor), tmp_path / "a", data, **given)
 
@@ -505,9 +505,9 @@ size = {{"height": 16, "width": 16}}
 image_processor = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size=size)
 processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
 model = t.make_model(make_base(tokenizer), processor, class_specific={class_specific})
-data = t.pictures({count})
+data = t.images({count})
 args = t.arguments({folder!r}, **{given!r})
-trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.pictures(11, seed=1))
+trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.images(11, seed=1))
 with model.disable_adapter():
     trainer.evaluate()  # before the training, too
 trainer.train()
@@ -567,18 +567,18 @@ def test_bad_data(base, processor, tmp_path):
         model = model or make_model(base, processor)
         return CoOpTrainer(model=model, args=arguments(tmp_path, **given), train_dataset=dataset)
 
-    with pytest.raises(ValueError, match="'picture'.*image"):
-        make(pictures(), image_column="picture")
+    with pytest.raises(ValueError, match="'image'.*image"):
+        make(pictures(), image_column="image")
     with pytest.raises(ValueError, match="'kind'.*label"):
         make(pictures(), label_column="kind")
-    with pytest.raises(ValueError, match="1 of 3 classes have no picture.*'sea'"):
+    with pytest.raises(ValueError, match="1 of 3 classes have no image.*'sea'"):
         make(pictures().filter(lambda row: row["label"] != 2))
     with pytest.raises(ValueError, match="label 3|Row 0"):
         make(pictures().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": row["label"] + 3}))
     with pytest.raises(ValueError, match="3 names.*4 classes"):
         make(pictures(names=["x", "y", "z", "w"]))
     broken = pictures().cast_column("image", datasets.Image(decode=False))
-    damage = {"bytes": b"no picture"}
+    damage = {"bytes": b"no image"}
     broken = broken.map(
         lambda row, i: {"image": {**row["image"], **damage} if i == 5 else row["image"]}, with_indices=True
     )

@@ -2,12 +2,12 @@ import pytest
 from transformers import HfArgumentParser
 
 from coop_hf import CoOpTrainingArguments
-from coop_hf.training_args import paper_epochs
+from coop_hf.training.arguments import paper_epochs
 
 
 def test_the_papers_recipe(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), recipe="paper")
-    args.complete(num_pictures=320, num_shots=16, num_classes=20, embedding_size=0.02)
+    args.complete(num_images=320, num_shots=16, num_classes=20, embedding_size=0.02)
     assert (args.optim, args.optim_args) == ("sgd", "momentum=0.9")
     assert (args.learning_rate, args.weight_decay) == (2e-3, 5e-4)
     assert (args.per_device_train_batch_size, args.num_train_epochs) == (32, 200)
@@ -37,7 +37,7 @@ def test_whatever_is_set_overrides_the_recipe(tmp_path):
     assert args.per_device_train_batch_size == 5 and not args.steps_by_epoch
 
 
-def test_the_fast_recipe_takes_all_pictures_at_once(tmp_path):
+def test_the_fast_recipe_takes_all_images_at_once(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast")
     args.complete(321, 16, 20, 0.02)
     assert args.per_device_train_batch_size == 321 and args.max_steps > 0
@@ -47,7 +47,7 @@ def test_the_fast_recipe_takes_all_pictures_at_once(tmp_path):
     assert args.max_steps == -1 and args.num_train_epochs == 7
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast", cache_features=False)
     args.complete(321, 16, 20, 0.02)
-    assert args.per_device_train_batch_size == 32  # pictures don't fit in memory as their embeddings do
+    assert args.per_device_train_batch_size == 32  # images don't fit in memory as their embeddings do
 
 
 def test_accumulated_steps_share_the_recipes_batch(tmp_path):

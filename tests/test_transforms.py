@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPImageProcessor
 
-from coop_hf.transforms import _crop_box, decode_image, eval_transform, to_rgb, train_transform
+from coop_hf.data.transforms import _crop_box, decode_image, eval_transform, to_rgb, train_transform
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_crops_have_the_published_distribution():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1))
-def test_crops_lie_inside_any_picture(width, height, seed):
+def test_crops_lie_inside_any_image(width, height, seed):
     left, top, right, bottom = _crop_box(width, height, np.random.default_rng(seed), (0.08, 1.0), (3 / 4, 4 / 3))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
 

@@ -15,7 +15,7 @@ from coop_hf.baselines.zero_shot import (
     mean_text_embeddings,
     zero_shot_logits,
 )
-from coop_hf.embedded import emoji_model_path
+from coop_hf.demo.emoji import emoji_model_path
 
 
 NAMES = ["cat", "sea_lion", "ground vehicle"]

@@ -1,7 +1,7 @@
 """AutoPrompt for CLIP: a prompt of M real words, found by gradient-guided search (https://arxiv.org/abs/2010.15980).
 
 The context of CoOp is restricted to rows of the token embedding. In each step one slot m is chosen; with e(w) the
-embedding of word w and L the cross-entropy on the training pictures, the k words with the smallest
+embedding of word w and L the cross-entropy on the training images, the k words with the smallest
 
     e(w) · ∂L/∂v_m        (first order: how L changes if v_m becomes e(w); the paper's equation 2)
 
@@ -16,12 +16,13 @@ from accelerate.utils import align_module_device
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..config import CoOpConfig, check_class_names, clean_class_name
+from ..checks import check_class_names, clean_class_name
+from ..config import CoOpConfig
+from ..core.layout import encode_words, make_layout, special_token_ids
+from ..core.shared_prefix import SharedPrefixPass
+from ..core.text_tower import plain_text_features
 from ..interpret import nearest_rows
 from ..modeling import CoOpModel
-from ..prompts import encode_words, make_layout, special_token_ids
-from ..shared_prefix import SharedPrefixPass
-from ..text_tower import plain_text_features
 from .zero_shot import get_tokenizer
 
 
@@ -39,7 +40,7 @@ class DiscretePrompt:
         template (`str`): the whole prompt, with `{}` for the class name: paste it into any CLIP.
         token_ids (`list[int]`): M token ids; the tokenizer turns `text` back into them.
         class_token_position (`str`): `"end"`, `"middle"` or `"front"`.
-        loss (`float`): mean cross-entropy on the pictures given.
+        loss (`float`): mean cross-entropy on the images given.
         accuracy (`float`): accuracy on them, a fraction.
         learned_accuracy (`float`, *optional*): for a projected context, the accuracy of its learned vectors.
         distances (`list[float]`, *optional*): for a projected context, how far each word is from its vector.
@@ -136,7 +137,7 @@ def _check_examples(model, image_embeds, labels, class_names):
 
 
 class _Search:
-    """Losses of discrete prompts on one set of pictures. Makes a `CoOpModel` of its own on the given one's base."""
+    """Losses of discrete prompts on one set of images. Makes a `CoOpModel` of its own on the given one's base."""
 
     def __init__(self, model, class_names, position, num_tokens, image_embeds, labels):
         self.class_names = check_class_names(class_names or model.class_names or [])
@@ -175,7 +176,7 @@ class _Search:
             features = F.normalize(self._features(batch).float(), dim=-1)
             logits = scale * torch.einsum("nd,kcd->knc", images, features)
             loss = F.cross_entropy(logits.transpose(1, 2), labels.expand(len(batch), -1), reduction="none").mean(dim=1)
-            if objective == "accuracy":  # wrong pictures; among prompts with equally many the loss, squeezed below 1
+            if objective == "accuracy":  # wrong images; among prompts with equally many the loss, squeezed below 1
                 loss = (logits.argmax(dim=2) != labels).sum(dim=1) + (loss / (1 + loss)).double()
             losses.append(loss)
         return torch.cat(losses)
@@ -201,7 +202,7 @@ class _Search:
 
     @torch.no_grad()
     def score(self, context: torch.Tensor) -> tuple[float, float]:
-        """(loss, accuracy) of any context on all pictures."""
+        """(loss, accuracy) of any context on all images."""
         self.model.context.data = context.detach().float().to(self.model.context.device)
         output = self.model(image_embeds=self.image_embeds, labels=self.labels)
         return output.loss.item(), (output.logits.argmax(dim=-1) == self.labels).float().mean().item()
@@ -240,7 +241,7 @@ def autoprompt(
     seed: int = 0,
     progress: bool = False,
 ) -> DiscretePrompt:
-    """Finds a prompt of `num_tokens` words for the pictures given.
+    """Finds a prompt of `num_tokens` words for the images given.
 
     Args:
         model (`CoOpModel`): gives base, tokenizer and classes; it is not changed.
@@ -250,10 +251,10 @@ def autoprompt(
         num_tokens (`int`, *optional*, defaults to 4, or to the tokens of `init`): number of words M.
         class_token_position (`str`, *optional*, defaults to `"end"`): where the class name stands.
         num_steps (`int`, *optional*, defaults to 50): steps; each looks at one slot, all in turn, in random order.
-        top_k (`int`, *optional*, defaults to 32): candidates of a step. With all pictures as batch, a slot that comes
+        top_k (`int`, *optional*, defaults to 32): candidates of a step. With all images as batch, a slot that comes
             up again before the prompt has changed gets the next `top_k`, and the search ends once no single word of
             the vocabulary makes the prompt better.
-        batch_size (`int`, *optional*, defaults to all): pictures of a step, drawn anew each time. The text pass costs
+        batch_size (`int`, *optional*, defaults to all): images of a step, drawn anew each time. The text pass costs
             the same for any number.
         candidate_batch_size (`int`, *optional*, defaults to 1 on the CPU, else 8): candidates in one text pass; the
             losses are the same. 1 computes what the classes of a candidate share only once, which is the least work;
@@ -261,13 +262,13 @@ def autoprompt(
         vocabulary (`list[int]`, *optional*, defaults to `prompt_vocabulary(tokenizer, class_names)`): allowed ids.
         init (`str`, *optional*): words to start from, such as a hand-written prompt; random words by default.
         objective (`str`, *optional*, defaults to `"loss"`): by what candidates are compared: `"loss"`, the
-            cross-entropy, or `"accuracy"`, the number of wrong pictures and then the loss. The gradient is always the
+            cross-entropy, or `"accuracy"`, the number of wrong images and then the loss. The gradient is always the
             loss's. A base whose logits are too sure of themselves lets the loss fall while accuracy falls too.
         seed (`int`, *optional*, defaults to 0): of the start, the order of slots and the batches.
         progress (`bool`, *optional*, defaults to `False`): show a progress bar.
 
     Returns:
-        [`DiscretePrompt`]. Its loss and accuracy are those on `image_embeds`: measure it on other pictures.
+        [`DiscretePrompt`]. Its loss and accuracy are those on `image_embeds`: measure it on other images.
 
     Raises:
         ValueError: shapes or labels that don't fit, an empty vocabulary, an unknown objective, or a start that is no

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..config import check_class_names, clean_class_name
-from ..prompts import encode_words, fill_template
-from ..saving import write_atomically
+from ..atomic import write_atomically
+from ..checks import check_class_names, clean_class_name
+from ..core.layout import encode_words, fill_template
 from .zero_shot import get_base, get_tokenizer, mean_text_embeddings
 
 
@@ -109,7 +109,8 @@ def _check_prompts(prompts, source: str) -> dict[str, list[str]]:
     return prompts
 
 
-def _key(name: str) -> str:
+def class_key(name: str) -> str:
+    """What class names are compared by: without case, underscores as spaces."""
     return clean_class_name(name).casefold()
 
 
@@ -130,21 +131,21 @@ def prompts_of_classes(prompts: dict[str, list[str]], class_names: list[str]) ->
     """
     by_key: dict[str, list[str]] = {}
     for name, sentences in prompts.items():
-        if _key(name) in by_key:
+        if class_key(name) in by_key:
             raise ValueError(f"two classes of the prompts are called {clean_class_name(name)!r}, but for case or '_'.")
-        by_key[_key(name)] = sentences
-    missing = [name for name in class_names if _key(name) not in by_key]
+        by_key[class_key(name)] = sentences
+    missing = [name for name in class_names if class_key(name) not in by_key]
     if missing:
         shown = []
         for name in missing[:10]:
-            close = difflib.get_close_matches(_key(name), by_key, n=1)
+            close = difflib.get_close_matches(class_key(name), by_key, n=1)
             shown.append(repr(name) + (f" (there is {close[0]!r})" if close else ""))
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ValueError(
             f"{len(missing)} of {len(class_names)} classes have no sentences: {', '.join(shown)}{more}. Rename them "
             "in one of the two lists, or generate sentences for them."
         )
-    return [list(by_key[_key(name)]) for name in class_names]
+    return [list(by_key[class_key(name)]) for name in class_names]
 
 
 def read_prompts(path: str | os.PathLike, class_names: list[str] | None = None) -> dict[str, list[str]]:
@@ -396,8 +397,8 @@ def generate_prompts(
     done: dict[str, list[str]] = {}
     if path is not None and os.path.exists(path):
         done = read_prompts(path)
-    known = {_key(name): name for name in done}
-    todo = [name for name in class_names if _key(name) not in known]
+    known = {class_key(name): name for name in done}
+    todo = [name for name in class_names if class_key(name) not in known]
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -413,8 +414,8 @@ def generate_prompts(
                 write_prompts(path, done)
     finally:
         model.train(was_training)
-    by_key = {_key(name): sentences for name, sentences in done.items()}
-    return {name: by_key[_key(name)] for name in class_names}
+    by_key = {class_key(name): sentences for name, sentences in done.items()}
+    return {name: by_key[class_key(name)] for name in class_names}
 
 
 def _write_class(

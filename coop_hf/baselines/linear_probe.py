@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from ..config import check_class_names
+from ..atomic import save_tensors, write_atomically
+from ..checks import check_class_names
 from ..hub import find_file
-from ..saving import save_tensors, write_atomically
 from ..version import __version__
 
 
@@ -92,7 +92,7 @@ class LinearProbe:
     search: list[dict] | None = None
 
     def logits(self, image_embeds) -> torch.Tensor:
-        """Scores pictures.
+        """Scores images.
 
         Args:
             image_embeds (`torch.Tensor` or `np.ndarray`): `(num_examples, dim)`, as given in fitting, for example
@@ -195,10 +195,10 @@ def fit_linear_probe(
     value tried was better on validation, that one is.
 
     Args:
-        features (`torch.Tensor` or `np.ndarray`): `(num_examples, dim)`, image features of the training pictures.
+        features (`torch.Tensor` or `np.ndarray`): `(num_examples, dim)`, image features of the training images.
         labels (`torch.Tensor`, `np.ndarray` or `list[int]`): `(num_examples,)`, class indices.
-        val_features, val_labels: the same of the validation pictures. CoOp's few-shot protocol takes min(shots, 4)
-            pictures of each class.
+        val_features, val_labels: the same of the validation images. CoOp's few-shot protocol takes min(shots, 4)
+            images of each class.
         class_names (`list[str]`, *optional*): the classes; without them there are as many as the largest label says.
         normalize (`bool`, *optional*, defaults to `True`): L2-normalise the features. CoOp's public code takes them as
             the image tower gives them (`False`), which only shifts the search along C where norms are alike.

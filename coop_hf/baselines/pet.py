@@ -1,12 +1,12 @@
 """PET for CLIP: soft labels from several prompts teach one learned prompt (https://arxiv.org/abs/2001.07676).
 
 The patterns of the paper are prompts here: hand-written templates, CuPL's sentences, learned contexts. With s_p(c | x)
-the logit of class c under prompt p, w_p the accuracy of p on the few labelled pictures ("weighted" in the paper; or 1,
-"uniform") and a temperature T, an unlabelled picture x gets the soft label (the paper's section 3.3)
+the logit of class c under prompt p, w_p the accuracy of p on the few labelled images ("weighted" in the paper; or 1,
+"uniform") and a temperature T, an unlabelled image x gets the soft label (the paper's section 3.3)
 
     q(· | x) = softmax( Σ_p w_p s_p(· | x) / (T Σ_p w_p) )
 
-and a student, an ordinary CoOp context, minimises over the unlabelled pictures U and the labelled ones L
+and a student, an ordinary CoOp context, minimises over the unlabelled images U and the labelled ones L
 
     mean over U of KL(q(· | x) ‖ student(· | x))  +  λ · mean over L of cross-entropy(y, student(· | x)).
 """
@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..context import init_context
+from ..adapters.coop import init_context
 from ..modeling import CoOpModel
 from .zero_shot import class_embeddings, zero_shot_logits
 
@@ -45,7 +45,7 @@ class PetResult:
 
 
 def teacher_logits(model: CoOpModel, prompts, image_embeds: torch.Tensor) -> torch.Tensor:
-    """Logits of pictures under several prompts.
+    """Logits of images under several prompts.
 
     Args:
         model (`CoOpModel`): gives base and classes; its adapter is not used.
@@ -79,13 +79,13 @@ def teacher_logits(model: CoOpModel, prompts, image_embeds: torch.Tensor) -> tor
 
 
 def prompt_weights(logits: torch.Tensor, labels: torch.Tensor, weighting: str = "accuracy") -> torch.Tensor:
-    """The weight of each prompt, from its accuracy on labelled pictures.
+    """The weight of each prompt, from its accuracy on labelled images.
 
     Args:
         logits (`torch.Tensor`): `(num_prompts, num_labelled, num_classes)`.
         labels (`torch.Tensor`): `(num_labelled,)`, class indices.
         weighting (`str`, *optional*, defaults to `"accuracy"`): `"accuracy"`: proportional to the share of right
-            predictions; `"uniform"`: all the same, as they are too if no prompt gets any picture right.
+            predictions; `"uniform"`: all the same, as they are too if no prompt gets any image right.
 
     Returns:
         `torch.Tensor` `(num_prompts,)`, fp32; they sum to 1.
@@ -129,7 +129,7 @@ def soft_labels(logits: torch.Tensor, weights: torch.Tensor | None = None, tempe
 
 
 def soft_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """KL(targets ‖ softmax(logits)), the mean over the pictures; its gradient is (softmax(logits) - targets) / n."""
+    """KL(targets ‖ softmax(logits)), the mean over the images; its gradient is (softmax(logits) - targets) / n."""
     return F.kl_div(logits.log_softmax(dim=-1), targets, reduction="batchmean")
 
 
@@ -160,23 +160,23 @@ def fit_pet(
     seed: int | None = None,
     progress: bool = False,
 ) -> PetResult:
-    """Teaches the model's active adapter what several prompts say about unlabelled pictures.
+    """Teaches the model's active adapter what several prompts say about unlabelled images.
 
-    The student learns as with `recipe="fast"`: every step sees all pictures, Adam, a cosine to 0.
+    The student learns as with `recipe="fast"`: every step sees all images, Adam, a cosine to 0.
 
     Args:
         model (`CoOpModel`): its active adapter is the student; any kind of context. Saved, loaded and used as always.
         prompts (`list`): the teachers, see [`teacher_logits`].
-        image_embeds (`torch.Tensor`): `(num_labelled, projection_dim)`, the few labelled pictures.
+        image_embeds (`torch.Tensor`): `(num_labelled, projection_dim)`, the few labelled images.
         labels (`torch.Tensor`): `(num_labelled,)`, class indices.
-        unlabelled_embeds (`torch.Tensor`): `(num_unlabelled, projection_dim)`, pictures without labels.
+        unlabelled_embeds (`torch.Tensor`): `(num_unlabelled, projection_dim)`, images without labels.
         weighting (`str`, *optional*, defaults to `"accuracy"`): see [`prompt_weights`]. A teacher that was trained on
-            the labelled pictures looks better on them than it is.
+            the labelled images looks better on them than it is.
         temperature (`float`, *optional*, defaults to 2.0): T of the soft labels.
-        label_weight (`float`, *optional*, defaults to 1.0): λ, weight of the labelled pictures; 0: soft labels alone.
+        label_weight (`float`, *optional*, defaults to 1.0): λ, weight of the labelled images; 0: soft labels alone.
         num_rounds (`int`, *optional*, defaults to 1): rounds as in iPET. In each but the first, the student before is
             one more teacher, and the student starts again.
-        growth (`float`, *optional*, defaults to 2.0): by how much the number of unlabelled pictures grows from a round
+        growth (`float`, *optional*, defaults to 2.0): by how much the number of unlabelled images grows from a round
             to the next, the surest of each class first; the last round takes all.
         num_steps (`int`, *optional*, defaults to 200): steps of a round.
         learning_rate (`float`, *optional*, defaults to 1e-2): at the start.
@@ -209,7 +209,7 @@ def fit_pet(
     if len(labels) != len(image_embeds) or len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"expected {len(image_embeds)} labels, at least one, from 0 to {num_classes - 1}.")
     if len(unlabelled_embeds) == 0:
-        raise ValueError("`unlabelled_embeds` is empty: without unlabelled pictures, train with CoOpTrainer.")
+        raise ValueError("`unlabelled_embeds` is empty: without unlabelled images, train with CoOpTrainer.")
     if seed is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -252,18 +252,18 @@ def fit_pet(
 
 def _teach(model, image_embeds, labels, unlabelled, targets, label_weight, num_steps, learning_rate, bar) -> float:
     """One round of training; returns the loss of the last step."""
-    pictures = torch.cat([unlabelled, image_embeds])
+    both = torch.cat([unlabelled, image_embeds])
     optimizer = torch.optim.Adam([model.context], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     was_training = model.training
     model.train()
     for _ in range(num_steps):
-        logits = model(image_embeds=pictures).logits
+        logits = model(image_embeds=both).logits
         loss = soft_label_loss(logits[: len(unlabelled)], targets)
         if label_weight:
             loss = loss + label_weight * F.cross_entropy(logits[len(unlabelled) :], labels)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss.item()}: lower the learning rate, or check the pictures.")
+            raise FloatingPointError(f"the loss became {loss.item()}: lower the learning rate, or check the images.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from ..config import check_class_names
-from ..prompts import PromptLayout, encode_words, fill_template, special_token_ids, tokenize_texts
-from ..shared_prefix import SharedPrefixPass
-from ..text_tower import check_base_model, plain_text_features
+from ..checks import check_class_names
+from ..core.layout import PromptLayout, encode_words, fill_template, special_token_ids, tokenize_texts
+from ..core.shared_prefix import SharedPrefixPass
+from ..core.text_tower import check_base_model, plain_text_features
 
 
 __all__ = [
@@ -58,7 +58,7 @@ IMAGENET_7_TEMPLATES = (
     "a photo of the small {}.",
 )
 
-# CLIP's eighty ImageNet templates, by the article that stands before the name ("itap": I took a picture).
+# CLIP's eighty ImageNet templates, by the article that stands before the name ("itap": I took an image).
 _WITH_A = (
     "a bad photo of a|a sculpture of a|a rendering of a|graffiti of a|a tattoo of a|a photo of a hard to see|"
     "a bright photo of a|a photo of a clean|a photo of a dirty|a drawing of a|a close-up photo of a|a painting of a|"
@@ -220,7 +220,7 @@ def zero_shot_logits(
     pixel_values: torch.Tensor | None = None,
     image_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scores pictures against class embeddings, wherever these come from.
+    """Scores images against class embeddings, wherever these come from.
 
     Args:
         model (`CoOpModel` or `CLIPModel`): gives the logit scale and, for `pixel_values`, the image tower.

@@ -7,7 +7,7 @@ Its trainer writes `<output>/prompt_learner/model.pth.tar-<epoch>` and `model-be
                     "token_suffix": (C, 77 - 1 - M, dim)},  of the class name, ".", EOS and padding
      "epoch": int, "optimizer": dict, "scheduler": dict, "val_result": float}
 
-    python -m coop_hf.coop_checkpoint output/prompt_learner my-adapter --base_model openai/clip-vit-base-patch16
+    python -m coop_hf.files.coop_checkpoint output/prompt_learner my-adapter --base_model openai/clip-vit-base-patch16
 
 A checkpoint is a pickle, and a pickle may run code when it is read. It is read with `weights_only=True`. Where the
 original writes whole objects, its scheduler with the optimizer inside, an inert stand-in is put, which keeps nothing
@@ -26,15 +26,18 @@ import zipfile
 
 import torch
 
-from .config import CLASS_TOKEN_POSITIONS, CoOpConfig, check_class_names, clean_class_name
-from .modeling import CoOpModel
-from .prompts import encode_words, special_token_ids
+from ..checks import check_class_names, clean_class_name
+from ..config import CLASS_TOKEN_POSITIONS, CoOpConfig
+from ..core.layout import encode_words, special_token_ids
+from ..modeling import CoOpModel
 
 
 __all__ = ["find_coop_checkpoint", "from_coop_checkpoint", "read_coop_checkpoint"]
 
 _BEST = "model-best.pth.tar"
+
 _EPOCH = re.compile(r"model\.pth\.tar-(\d{1,9})")
+
 _BUFFERS = ("token_prefix", "token_suffix")
 
 
@@ -57,6 +60,7 @@ def _empty_dict(*_) -> dict:
 
 
 _STANDS_IN_FOR_DICT = ("collections.defaultdict", "builtins.dict", "__builtin__.dict")
+
 _STANDS_IN_FOR = (
     *(
         f"torch.optim.lr_scheduler.{name}"
@@ -130,7 +134,7 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
         raise ValueError(problem + f"it has no dict 'state_dict'; its keys are {_some(checkpoint)}.")
     state = {_plain_key(key): value for key, value in state.items()}
     if any(key.startswith("meta_net") for key in state):
-        raise ValueError(problem + "it holds a meta-network, so it is CoCoOp, whose prompt depends on the picture.")
+        raise ValueError(problem + "it holds a meta-network, so it is CoCoOp, whose prompt depends on the image.")
     if "ctx" not in state or set(state) - {"ctx", *_BUFFERS}:
         raise ValueError(
             problem + f"its state_dict has the keys {_some(state)}; expected 'ctx' and {_some(_BUFFERS)}."
@@ -192,11 +196,11 @@ def _load_weights_only(path: str, problem: str):
                 "loaded; don't trust where it comes from."
             ) from None
         raise ValueError(
-            problem + f"it can't be read ({text[:200]}); it is cut off, or another kind of file."
+            problem + f"it cannot be read ({text[:200]}); it is cut off, or another kind of file."
         ) from None
     except Exception as error:  # a damaged pickle or archive fails in any way that its bytes ask for
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(problem + f"it can't be read ({text}); it is cut off, or another kind of file.") from None
+        raise ValueError(problem + f"it cannot be read ({text}); it is cut off, or another kind of file.") from None
 
 
 def _plain_key(key) -> str:
@@ -278,7 +282,7 @@ def from_coop_checkpoint(
         names = _read_names(checkpoint, embedding, model.tokenizer)
         if names is None and class_specific:
             raise ValueError(
-                f"{checkpoint['path']} is class-specific, and its class names can't be read off it: pass "
+                f"{checkpoint['path']} is class-specific, and its class names cannot be read off it: pass "
                 f"`class_names=[...]`, the {len(context)} names in the order of their labels."
             )
     elif class_specific and check_base:
@@ -383,7 +387,7 @@ def _read_class_file(path: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m coop_hf.coop_checkpoint",
+        prog="python -m coop_hf.files.coop_checkpoint",
         description="Turns a checkpoint of the original CoOp code into an adapter of coop_hf.",
     )
     parser.add_argument("checkpoint", help="model.pth.tar-<epoch>, or the folder of the training's output")

@@ -29,6 +29,7 @@ RECIPES = {
 # the values are that the context stands beside. In units of the token embeddings' root mean square; on the validation
 # part of the emoji, accuracy is the same from 0.3 to 1.
 FAST_LEARNING_RATE = 0.6
+
 PAPER_WARMUP_LR = 1e-5  # constant during the first epoch
 
 
@@ -51,23 +52,23 @@ class CoOpTrainingArguments(TrainingArguments):
             `"paper"`: https://arxiv.org/abs/2109.01134 as its code does it: SGD with learning rate 2e-3, momentum 0.9
             and weight decay 5e-4; batches of 32; 50, 100 or 200 epochs by number of shots (`paper_epochs`); a cosine
             that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views.
-            `"fast"`: the same loss, all pictures at every step, Adam with a cosine over 200 steps from a learning rate
+            `"fast"`: the same loss, all images at every step, Adam with a cosine over 200 steps from a learning rate
             of 0.6 times the root mean square of the token embeddings, on cached embeddings of the plain views.
         num_shots (`int`, *optional*, defaults to the largest class of the training set):
             Shots that the paper's number of epochs goes by.
         cache_features (`bool`, *optional*, defaults to `True`):
             Whether image embeddings are computed once and kept, in memory and on disk.
         num_views (`int`, *optional*):
-            With cached embeddings, how many augmented views of each training picture, taken in turn by epochs; 0 is
+            With cached embeddings, how many augmented views of each training image, taken in turn by epochs; 0 is
             the plain view alone. Defaults to the number of epochs for the paper's recipe, which makes it exact, and
             to 0 for the fast one.
         augment (`bool`, *optional*):
-            Without cached embeddings, whether training pictures are augmented. Defaults to the recipe's choice.
+            Without cached embeddings, whether training images are augmented. Defaults to the recipe's choice.
         feature_cache_dir (`str`, *optional*):
             Where embeddings are kept; defaults to `coop_hf` in the Hugging Face home.
-        image_column (`str`, *optional*, defaults to `"image"`): column of the pictures.
+        image_column (`str`, *optional*, defaults to `"image"`): column of the images.
         label_column (`str`, *optional*, defaults to `"label"`): column of the labels.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`): `"raise"` or `"skip"` unreadable pictures.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): `"raise"` or `"skip"` unreadable images.
         text_chunk_size (`int`, *optional*): see [`CoOpModel`].
 
     Raises:
@@ -78,15 +79,15 @@ class CoOpTrainingArguments(TrainingArguments):
     num_shots: int | None = field(default=None, metadata={"help": "Shots that the paper's number of epochs goes by."})
     cache_features: bool = field(default=True, metadata={"help": "Compute image embeddings once and keep them."})
     num_views: int | None = field(
-        default=None, metadata={"help": "Augmented views of each training picture that are cached; 0: the plain view."}
+        default=None, metadata={"help": "Augmented views of each training image that are cached; 0: the plain view."}
     )
     augment: bool | None = field(
-        default=None, metadata={"help": "Augment training pictures (without cached embeddings)."}
+        default=None, metadata={"help": "Augment training images (without cached embeddings)."}
     )
     feature_cache_dir: str | None = field(default=None, metadata={"help": "Where image embeddings are kept."})
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    on_bad_image: str = field(default="raise", metadata={"help": "'raise' or 'skip' unreadable pictures."})
+    on_bad_image: str = field(default="raise", metadata={"help": "'raise' or 'skip' unreadable images."})
     text_chunk_size: int | None = field(
         default=None, metadata={"help": "Classes computed at a time; bounds memory for many classes."}
     )
@@ -102,7 +103,7 @@ class CoOpTrainingArguments(TrainingArguments):
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Defaults to the recipe's cosine."})
 
     # Other defaults than TrainingArguments.
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures a device takes at a time."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images a device takes at a time."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: don't."})
     logging_steps: float = field(default=0.1, metadata={"help": "Steps between logs; below 1 a share of all steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "NaN in the loss stops the training."})
@@ -136,11 +137,11 @@ class CoOpTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin memory for
 
-    def complete(self, num_pictures: int, num_shots: int, num_classes: int, embedding_size: float) -> None:
+    def complete(self, num_images: int, num_shots: int, num_classes: int, embedding_size: float) -> None:
         """Fills in what depends on the training set and the base: batch size, number of epochs, learning rate.
 
         Args:
-            num_pictures (`int`), num_shots (`int`), num_classes (`int`): of the training set.
+            num_images (`int`), num_shots (`int`), num_classes (`int`): of the training set.
             embedding_size (`float`): root mean square of the base's token embeddings.
         """
         recipe = RECIPES[self.recipe]
@@ -149,7 +150,7 @@ class CoOpTrainingArguments(TrainingArguments):
         if self.per_device_train_batch_size is None:
             batch_size = recipe["batch_size"] if self.cache_features else min(recipe["batch_size"], 32)
             accumulated = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)
-            self.per_device_train_batch_size = max(1, -(-min(batch_size, num_pictures) // accumulated))
+            self.per_device_train_batch_size = max(1, -(-min(batch_size, num_images) // accumulated))
         if self.num_train_epochs is None:
             if self.recipe == "paper":
                 self.num_train_epochs = paper_epochs(self.num_shots or num_shots, num_classes)

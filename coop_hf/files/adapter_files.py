@@ -1,48 +1,22 @@
 """Files to adapters and back: `adapter_config.json` and `adapter_model.safetensors`, nothing else, nothing pickled."""
 
 import os
-import tempfile
-from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CoOpConfig
-from .hub import find_file
+from ..atomic import save_tensors, write_atomically
+from ..config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CoOpConfig
+from ..hub import find_file
 
 
-__all__ = ["WEIGHTS_KEY", "read_adapter", "save_tensors", "write_adapter", "write_adapters", "write_atomically"]
+__all__ = ["WEIGHTS_KEY", "read_adapter", "write_adapter"]
 
 WEIGHTS_KEY = "prompt_embeddings"
+
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+
 _MAX_HEADER_BYTES = 1 << 16  # one tensor and a line of metadata
-
-
-@contextmanager
-def write_atomically(path: str | os.PathLike):
-    """Yields a temporary path beside `path`, which takes its place, whole, when the block ends without an error."""
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict | None = None) -> None:
-    """`safetensors.torch.save_file`, which tells a full disk by an error that is no `OSError`; here it is one."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{os.fspath(path)} could not be written: {error}") from error
 
 
 def write_adapter(save_directory: str | os.PathLike, config: CoOpConfig, context: torch.Tensor) -> None:
@@ -66,36 +40,6 @@ def write_adapter(save_directory: str | os.PathLike, config: CoOpConfig, context
     with write_atomically(os.path.join(save_directory, ADAPTER_CONFIG_NAME)) as path:
         with open(path, "w", encoding="utf-8") as file:
             file.write(config.to_json())
-
-
-def write_adapters(model, save_directory: str | os.PathLike, selected_adapters: list[str] | None = None) -> list[str]:
-    """Writes adapters of a model: `default` into the folder itself, others into a subfolder of their name.
-
-    Args:
-        model (`CoOpModel`): the model.
-        save_directory (`str` or `os.PathLike`): the folder; made if missing.
-        selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
-
-    Returns:
-        `list[str]`: the names of those written.
-
-    Raises:
-        ValueError: the folder is a file, an unknown adapter, or a context with NaN.
-    """
-    if os.path.isfile(save_directory):
-        raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
-    if isinstance(selected_adapters, str):
-        raise ValueError(f"`selected_adapters` must be a list of names, got the string {selected_adapters!r}.")
-    names = list(model.adapters) if selected_adapters is None else list(selected_adapters)
-    unknown = [name for name in names if name not in model.adapters]
-    if unknown:
-        have = ", ".join(map(repr, model.adapters))
-        raise ValueError(f"there is no adapter named {unknown[0]!r}; this model has {have}.")
-    for name in names:
-        adapter = model.adapters[name]
-        folder = save_directory if name == "default" else os.path.join(save_directory, name)
-        write_adapter(folder, adapter.config, adapter.context)
-    return names
 
 
 def read_adapter(name_or_path: str | os.PathLike, **kwargs) -> tuple[CoOpConfig, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers.masking_utils import create_causal_mask
 
-from .prompts import PromptLayout
+from .layout import PromptLayout
 
 
 __all__ = ["check_base_model", "plain_text_features", "prompt_embeddings"]

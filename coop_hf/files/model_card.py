@@ -22,17 +22,22 @@ import warnings
 import torch
 import yaml
 
-from .hub import is_hub_id
-from .version import __version__
+from ..hub import is_hub_id
+from ..version import __version__
 
 
 __all__ = ["CARD_NAME", "make_card", "write_card"]
 
 CARD_NAME = "README.md"
+
 MAX_CARD_BYTES = 4 * 2**20
+
 MAX_METADATA_DEPTH = 100
+
 MAX_CLASSES_SHOWN = 200
+
 MAX_CONTEXTS_SHOWN = 5
+
 PAPER = "https://arxiv.org/abs/2109.01134"
 
 TRAINING_KEYS = (
@@ -51,11 +56,15 @@ TRAINING_KEYS = (
     "hardware",
     "seconds",
 )
+
 _METRIC_NAMES = {"accuracy": ("accuracy", "Accuracy"), "macro_f1": ("f1", "Macro-F1")}
 
 _BEGIN, _END = "<!-- coop_hf: begin {} -->", "<!-- coop_hf: end {} -->"
+
 _MARK = re.compile(r"^<!-- coop_hf: (begin|end) ([\w\- ]+) -->[ \t]*$", re.MULTILINE)
+
 _RECORD = re.compile(r"^<!-- coop_hf: record (\{[^\n]*\}) -->[ \t]*\n?", re.MULTILINE)
+
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -68,7 +77,7 @@ def write_card(
 ) -> str:
     """Writes `README.md` into a folder that holds saved adapters, keeping what people wrote into it.
 
-    A card that can't be merged (no UTF-8, metadata that is no YAML) is left as it is, with a warning: nothing that a
+    A card that cannot be merged (no UTF-8, metadata that is no YAML) is left as it is, with a warning: nothing that a
     person wrote is lost, and no save fails because of its card.
 
     Args:
@@ -80,7 +89,7 @@ def write_card(
     Returns:
         `str`: the path of the card.
     """
-    from .saving import write_atomically
+    from ..atomic import write_atomically
 
     path = os.path.join(folder, CARD_NAME)
     try:
@@ -113,10 +122,10 @@ def make_card(
         training (`dict`, *optional*): what is known about the training, every key optional:
 
             - `dataset` (`str`): its name; `dataset_id` (`str`): its Hub id; `split` (`str`): what was evaluated on;
-            - `num_train`, `num_eval` (`int`): pictures trained and evaluated on; `shots`, `seed` (`int`);
+            - `num_train`, `num_eval` (`int`): images trained and evaluated on; `shots`, `seed` (`int`);
             - `license` (`str`): an identifier such as `"mit"`;
             - `metrics`, `zero_shot_metrics` (`dict[str, float]`): fractions, such as `{"accuracy": 0.61}`, of the
-              learned prompt and of the hand-written template, on the same pictures;
+              learned prompt and of the hand-written template, on the same images;
             - `hyperparameters` (`dict`): name to value; `versions` (`dict[str, str]`): of libraries, defaults to those
               installed; `hardware` (`str`); `seconds` (`float`): how long it took.
 
@@ -127,7 +136,7 @@ def make_card(
         `str`: Markdown with metadata.
 
     Raises:
-        ValueError: `existing` has metadata that can't be read; says why.
+        ValueError: `existing` has metadata that cannot be read; says why.
     """
     training = _checked(training)
     chosen = list(model.adapters) if selected_adapters is None else list(selected_adapters)
@@ -466,7 +475,7 @@ def _learned(model, key: str, adapter, training: dict, heading: str) -> str:
     if training.get("dataset") or training.get("dataset_id"):
         rows.append(["Learned on", _dataset(training)])
     if training.get("shots") is not None:
-        rows.append(["Shots", f"{_plural(int(training['shots']), 'picture')} of each class"])
+        rows.append(["Shots", f"{_plural(int(training['shots']), 'image')} of each class"])
     if training.get("seed") is not None:
         rows.append(["Seed", code(training["seed"])])
     sections = [f"## What was learned{heading}", _table(["", ""], rows)]
@@ -489,7 +498,7 @@ def _dataset(training: dict) -> str:
 def _nearest_words(model, key: str, config) -> str:
     """A table of the tokens next to each context vector, where `coop_hf.interpret` is there to find them."""
     try:
-        from .interpret import nearest_tokens
+        from ..interpret import nearest_tokens
     except ImportError:
         return ""
     with torch.no_grad():
@@ -518,7 +527,7 @@ def _results(adapter, training: dict, heading: str) -> str:
     where = [f"the {code(training['split'])} part of " if training.get("split") else ""]
     where.append(_dataset(training) if training.get("dataset") or training.get("dataset_id") else "its data set")
     if training.get("num_eval") is not None:
-        where.append(f" ({_plural(int(training['num_eval']), 'picture')})")
+        where.append(f" ({_plural(int(training['num_eval']), 'image')})")
     template = adapter.config.template
     rows = []
     if zero_shot:
@@ -557,13 +566,13 @@ def _use(name: str, key: str, config, heading: str) -> str:
     if not config.class_names:
         lines.append('model.set_class_names(["cat", "dog", "sea lion"])')
     lines += [
-        'picture = Image.new("RGB", (224, 224), "white")  # yours: Image.open("picture.jpg")',
-        "for answer in model.predict(picture, top_k=3):",
+        'image = Image.new("RGB", (224, 224), "white")  # yours: Image.open("image.jpg")',
+        "for answer in model.predict(image, top_k=3):",
         """    print(f"{answer['score']:.3f}  {answer['label']}")""",
     ]
     text = f"## How to use it{heading}\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
     text += (
-        "The scores are probabilities over the classes of the list and add up to one: a picture of something else "
+        "The scores are probabilities over the classes of the list and add up to one: an image of something else "
         "gets one of these names too."
     )
     if not config.class_specific:
@@ -579,7 +588,7 @@ def _how_trained(training: dict, heading: str) -> str:
         return ""
     rows = []
     if training.get("num_train") is not None:
-        rows.append(["Pictures trained on", f"{int(training['num_train']):,}"])
+        rows.append(["Images trained on", f"{int(training['num_train']):,}"])
     for key, value in (training.get("hyperparameters") or {}).items():
         rows.append([code(key), code(f"{value:g}" if isinstance(value, float) else value)])
     if training.get("hardware"):

@@ -10,6 +10,7 @@ import numpy as np
 __all__ = ["ClassificationAccuracy", "classification_scores", "make_compute_metrics"]
 
 _DESCRIPTION = "Accuracy, macro-averaged F1 and the accuracy of each class, for single-label image classification."
+
 _INPUTS = """
 Args:
     predictions (`list[int]`): predicted class indices, `(num_examples,)`.

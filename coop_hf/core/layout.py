@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import check_class_names, clean_class_name
+from ..checks import check_class_names, clean_class_name
 
 
 __all__ = ["PromptLayout", "encode_words", "fill_template", "make_layout", "tokenize_texts"]
@@ -148,7 +148,7 @@ def make_layout(
         if other is not name:
             raise ValueError(
                 f"the class names {other!r} and {name!r} have the same tokens (the tokenizer ignores case, or knows "
-                "no difference), so they can't be told apart. Merge them or give them different names."
+                "no difference), so they cannot be told apart. Merge them or give them different names."
             )
     return PromptLayout(rows, name_lengths, n_ctx, class_token_position, eos)
 

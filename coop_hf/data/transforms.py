@@ -1,4 +1,4 @@
-"""From pictures to pixels.
+"""From images to pixels.
 
 What an image column holds -> [`decode_image`] -> PIL -> [`eval_transform`] or [`train_transform`] ->
 `(3, height, width)`.
@@ -19,26 +19,26 @@ __all__ = ["decode_image", "eval_transform", "to_rgb", "train_transform"]
 
 def decode_image(value, mode=None):
     """
-    A PIL picture from what an image column may hold.
+    A PIL image from what an image column may hold.
 
     Files and bytes are decoded by `datasets.Image`, so that EXIF orientation is applied as it does.
 
     Args:
         value (`PIL.Image.Image`, `str`, `os.PathLike`, `bytes`, `dict`, `np.ndarray` or nested `list`):
-            A picture, a path, an encoded file, `{"bytes", "path"}`, or pixels: integers from 0 to 255, of shape
+            An image, a path, an encoded file, `{"bytes", "path"}`, or pixels: integers from 0 to 255, of shape
             `(height, width)`, `(height, width, channels)` or `(channels, height, width)` with 1, 3 or 4 channels.
         mode (`str`, *optional*):
             PIL mode to convert to.
 
     Returns:
-        `PIL.Image.Image`: the picture, loaded, in its own mode unless `mode` is given.
+        `PIL.Image.Image`: the image, loaded, in its own mode unless `mode` is given.
 
     Raises:
         Exception: whatever PIL raises for files that it cannot read.
         ValueError: for values of no such kind.
     """
     if value is None:
-        raise ValueError("the picture is missing (None)")
+        raise ValueError("the image is missing (None)")
     if isinstance(value, (str, os.PathLike)):
         value = {"path": os.fspath(value), "bytes": None}
     elif isinstance(value, (bytes, bytearray, memoryview)):
@@ -62,17 +62,17 @@ def decode_image(value, mode=None):
 
 def to_rgb(image):
     """
-    A picture of any mode in RGB, as `CLIPImageProcessor` converts it: transparent parts on white.
+    An image of any mode in RGB, as `CLIPImageProcessor` converts it: transparent parts on white.
 
     One difference: 16-bit grey is scaled to 8 bits (divided by 256), where PIL and with it the processor cuts every
-    value at 255, which leaves a white area of most such pictures.
+    value at 255, which leaves a white area of most such images.
 
     Args:
         image (`PIL.Image.Image`):
-            A picture in any mode.
+            An image in any mode.
 
     Returns:
-        `PIL.Image.Image`: the picture in mode RGB, the same object if it was.
+        `PIL.Image.Image`: the image in mode RGB, the same object if it was.
     """
     if image.mode.startswith("I;16"):
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -102,7 +102,7 @@ def _output_size(image_processor):
     height, width = (size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
     if not height or not width:
         raise ValueError(
-            f"The image processor gives pictures of no fixed size (size={image_processor.size}), but a batch needs "
+            f"The image processor gives images of no fixed size (size={image_processor.size}), but a batch needs "
             "one: set its `crop_size` or `size` to a height and a width."
         )
     return int(height), int(width)
@@ -138,7 +138,7 @@ def _crop_box(width, height, rng, scale, ratio):
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
             return left, top, left + w, top + h
-    # None fits, as in very long pictures: the largest centre crop within the aspect ratios.
+    # None fits, as in very long images: the largest centre crop within the aspect ratios.
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     left, top = (width - w) // 2, (height - h) // 2
@@ -163,7 +163,7 @@ def train_transform(image_processor, flip=True, scale=(0.08, 1.0), ratio=(3 / 4,
     aspect ratio, resized (bicubic) to the model's size, flipped left to right in half of the cases, then rescaled and
     normalised as the model's image processor does.
 
-    The crop is torchvision's `RandomResizedCrop`: its area is `scale` times the picture's, its aspect ratio
+    The crop is torchvision's `RandomResizedCrop`: its area is `scale` times the image's, its aspect ratio
     log-uniform in `ratio`; after ten draws that do not fit, the largest centre crop within `ratio`.
 
     Args:
@@ -172,7 +172,7 @@ def train_transform(image_processor, flip=True, scale=(0.08, 1.0), ratio=(3 / 4,
         flip (`bool`, *optional*, defaults to `True`):
             Whether to flip. Turn it off where left and right matter, as in letters and traffic signs.
         scale (`tuple(float, float)`, *optional*, defaults to `(0.08, 1.0)`):
-            Smallest and largest share of the picture's area.
+            Smallest and largest share of the image's area.
         ratio (`tuple(float, float)`, *optional*, defaults to `(3/4, 4/3)`):
             Smallest and largest width / height.
 

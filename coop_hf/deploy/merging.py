@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import AddedToken, CLIPModel
 
-from .config import clean_class_name
-from .prompts import special_token_ids
+from ..checks import clean_class_name
+from ..core.layout import special_token_ids
 
 
 __all__ = ["merge_and_unload"]
@@ -55,7 +55,7 @@ def merge_and_unload(model) -> tuple[CLIPModel, object]:
     >>> prompt = clip.config.coop_hf
     >>> classifier = pipeline("zero-shot-image-classification", model="merged")
     >>> classifier(
-    ...     picture,
+    ...     image,
     ...     candidate_labels=prompt["candidate_labels"],
     ...     hypothesis_template=prompt["hypothesis_template"],
     ... )
@@ -139,7 +139,7 @@ def _check_tokens(tokenizer, model, template: str, labels: list[str], ids: list[
         expected = [own[-1 - token] if token < 0 else token for token in row]
         if list(found) != expected:
             raise ValueError(
-                f"the prompt of the class {model.class_names[c]!r} can't be written as text: the tokenizer reads "
+                f"the prompt of the class {model.class_names[c]!r} cannot be written as text: the tokenizer reads "
                 f"{template.format(labels[c])!r} as {list(found)}, and the adapter stands for {expected}. Give the "
                 "class another name."
             )

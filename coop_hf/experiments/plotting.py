@@ -1,4 +1,4 @@
-"""Pictures of results, in the paper's style: few-shot curves, gains, confusion matrices, predictions before and after.
+"""Images of results, in the paper's style: few-shot curves, gains, confusion matrices, predictions before and after.
 
 Each function writes a PNG and, beside it, a CSV file with the same data.
 """
@@ -15,7 +15,9 @@ __all__ = ["plot_confusion_matrix", "plot_few_shot_curves", "plot_gains", "plot_
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), the first for what the library is about.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+
 _DPI = 150
 
 
@@ -102,7 +104,8 @@ def plot_few_shot_curves(
             rows.append([method, int(shots), points[-1][1], std, len(values)])
         curves[method] = np.array(points, dtype=float).reshape(-1, 3)
 
-    figure = _new_figure(5.6 if len(curves) + len(stars) <= 4 else 7.8, 4.2)
+    many = len(curves) + len(stars) > 4  # their legend has no room between the curves
+    figure = _new_figure(7.8 if many else 5.6, 4.2)
     axes = figure.add_subplot()
     for index, (method, points) in enumerate(curves.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -123,7 +126,6 @@ def plot_few_shot_curves(
     if title:
         axes.set_title(title)
     _tidy(axes)
-    many = len(curves) + len(stars) > 4  # there is no room for them between the curves
     axes.legend(frameon=False, fontsize=9, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}))
     return _write(figure, path, ["method", "shots", "mean", "std", "seeds"], rows)
 
@@ -251,15 +253,15 @@ def plot_predictions(
     columns: int = 4,
     titles: tuple[str, str] = ("zero-shot", "CoOp"),
 ) -> tuple[str, str]:
-    """Pictures with what was predicted before and after.
+    """Images with what was predicted before and after.
 
     Args:
-        images (`list`): pictures: PIL images, or arrays `(height, width[, 3])`.
+        images (`list`): images: PIL images, or arrays `(height, width[, 3])`.
         before, after (`list[list[dict]]`): what `CoOpModel.predict` returns for them, with the adapter disabled and
             with it; only the best guess is shown.
         labels (`list[str]`): names of the true classes.
         path (`str` or `os.PathLike`): PNG file; its folder is made if missing.
-        columns (`int`, *optional*, defaults to 4): pictures in a row.
+        columns (`int`, *optional*, defaults to 4): images in a row.
         titles (`tuple[str, str]`, *optional*, defaults to `("zero-shot", "CoOp")`): names of before and after.
 
     Returns:
@@ -298,8 +300,8 @@ def plot_predictions(
     rows = []
     for index, (image, first, second, label) in enumerate(zip(images, before, after, labels)):
         axes = figure.add_subplot(lines, columns, index + 1)
-        picture = np.asarray(image)
-        axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, interpolation="nearest")
+        pixels = np.asarray(image)
+        axes.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():

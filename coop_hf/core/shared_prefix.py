@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
 from transformers.activations import QuickGELUActivation
 
-from .prompts import PromptLayout
+from .layout import PromptLayout
 from .text_tower import prompt_embeddings
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import datasets
 
-from .config import some
+from ..checks import some
 
 
 __all__ = ["load_images", "read_coop_split", "read_few_shot_indices"]
 
 IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -52,7 +54,7 @@ def read_coop_split(path, image_root, part=None, check_files=True):
     The train, validation and test sets of a `split_zhou_*.json` file of the CoOp benchmark.
 
     The file holds `{"train" | "val" | "test": [[path, label, class name], ...]}`, with paths relative to `image_root`.
-    Pictures are not opened.
+    Images are not opened.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -62,14 +64,14 @@ def read_coop_split(path, image_root, part=None, check_files=True):
         part (`str`, *optional*):
             Return only `"train"`, `"validation"` (or `"val"`) or `"test"`.
         check_files (`bool`, *optional*, defaults to `True`):
-            Whether to check that each picture exists. Turn it off on slow network disks.
+            Whether to check that each image exists. Turn it off on slow network disks.
 
     Returns:
         `datasets.DatasetDict` or, with `part`, `datasets.Dataset`: columns `image` (`datasets.Image`) and `label`
         (`ClassLabel`, names in the order of the labels), rows in the order of the file.
 
     Raises:
-        FileNotFoundError: if the file, the folder or pictures are missing.
+        FileNotFoundError: if the file, the folder or images are missing.
         ValueError: if the file has another format, or labels and class names contradict each other.
     """
     what = "CoOp split file"
@@ -131,7 +133,7 @@ def read_coop_split(path, image_root, part=None, check_files=True):
     if missing:
         total = sum(len(entries) for entries in parts.values())
         raise FileNotFoundError(
-            f"{len(missing)} of {total} pictures of '{path}' are not under '{root}', such as '{missing[0]}': check "
+            f"{len(missing)} of {total} images of '{path}' are not under '{root}', such as '{missing[0]}': check "
             "`image_root`, or unpack the data set again. (`check_files=False` skips this check.)"
         )
     return result if wanted is None else result[wanted]
@@ -141,7 +143,7 @@ def read_few_shot_indices(path, dataset):
     """
     The few-shot training and validation sets that a `shot_{K}-seed_{S}.json` file draws from a split file's sets.
 
-    These files fix which pictures the public CoOp code draws (K a class for training, at most 4 for validation):
+    These files fix which images the public CoOp code draws (K a class for training, at most 4 for validation):
     `{"train" | "val": {"indices": [...], "data": [{"impath", "label", "classname"}, ...]}}`, where the indices point
     into the part of the split file, and the data repeat what stands there. Both are compared, so that a file for
     another split cannot pass.
@@ -215,7 +217,7 @@ def _visible(folder, keep):
     return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__")) and keep(p))
 
 
-def _is_picture(path):
+def _is_image(path):
     return path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
 
 
@@ -234,37 +236,37 @@ def _split_folders(folder, subfolders):
 
 def _load_class_folders(folder):
     """
-    Pictures in class folders, labelled by folder.
+    Images in class folders, labelled by folder.
 
     Not left to the "imagefolder" builder: it guesses splits from words in file and folder names (a class called
-    "train", or files called `cat_test_1.png`), and then silently leaves out the other pictures and the labels.
+    "train", or files called `cat_test_1.png`), and then silently leaves out the other images and the labels.
     """
     splits = _split_folders(folder, _visible(folder, Path.is_dir))
     for root in {folder, *splits.values()}:
-        loose = _visible(root, _is_picture)
+        loose = _visible(root, _is_image)
         if loose:
             raise ValueError(
-                f"'{loose[0]}' lies in no class folder ({len(loose)} such pictures in '{root}'): put the pictures of "
+                f"'{loose[0]}' lies in no class folder ({len(loose)} such images in '{root}'): put the images of "
                 "each class into a folder with its name."
             )
     found, names = {}, set()
     for split, root in splits.items():
         found[split] = []
         for class_folder in _visible(root, Path.is_dir):
-            nested = [p for p in class_folder.rglob("*") if _is_picture(p) and p.parent != class_folder]
+            nested = [p for p in class_folder.rglob("*") if _is_image(p) and p.parent != class_folder]
             if nested:
                 raise ValueError(
                     f"'{nested[0]}' lies deeper than its class folder '{class_folder}'. Expected "
-                    "<folder>/<class>/<picture> or <folder>/<train|validation|test>/<class>/<picture>: pass the "
-                    "folder directly above the class folders, or move the pictures."
+                    "<folder>/<class>/<image> or <folder>/<train|validation|test>/<class>/<image>: pass the "
+                    "folder directly above the class folders, or move the images."
                 )
             names.add(class_folder.name)
-            found[split] += [(str(p), class_folder.name) for p in _visible(class_folder, _is_picture)]
+            found[split] += [(str(p), class_folder.name) for p in _visible(class_folder, _is_image)]
     names = sorted(names)
     empty = sorted(set(names) - {name for rows in found.values() for _, name in rows})
     if empty or not names:
         raise ValueError(
-            f"No pictures ({', '.join(IMAGE_EXTENSIONS)}) in "
+            f"No images ({', '.join(IMAGE_EXTENSIONS)}) in "
             + (f"the class folders {some(empty)} of '{folder}': fill or remove them." if empty else f"'{folder}'.")
         )
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -295,7 +297,7 @@ def _parquet_splits(files, root):
 
 def load_images(name_or_path, split=None, **kwargs):
     """
-    Labelled pictures from what is on disk or, only if nothing is, from the Hub.
+    Labelled images from what is on disk or, only if nothing is, from the Hub.
 
     Args:
         name_or_path (`str` or `os.PathLike`):
@@ -316,7 +318,7 @@ def load_images(name_or_path, split=None, **kwargs):
 
     Raises:
         FileNotFoundError: if there is no such file or folder, nor such a data set on the Hub.
-        ValueError: if the folder cannot be read as labelled pictures, or has no such split.
+        ValueError: if the folder cannot be read as labelled images, or has no such split.
     """
     path = Path(name_or_path).expanduser().absolute()
     if not path.exists():

@@ -1,6 +1,6 @@
 """`CoOpTrainer`: transformers' `Trainer`, with what differs for a learned context.
 
-Overridden are only: data (pictures to embeddings, order of rows), the epoch-wise schedule of the paper, and files (an
+Overridden are only: data (images to embeddings, order of rows), the epoch-wise schedule of the paper, and files (an
 adapter and the state of its training instead of a model). The training loop is transformers' own.
 """
 
@@ -22,14 +22,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from .data import LabelledImages, collate
-from .feature_cache import EmbeddedImages, embed_images
-from .hub import push_to_hub
+from ..atomic import save_tensors
+from ..data.feature_cache import EmbeddedImages, embed_images
+from ..data.labelled_images import LabelledImages, collate
+from ..files.adapter_files import read_adapter, write_adapter
+from ..files.model_card import write_card
+from ..files.publish import push_to_hub
+from ..modeling import CoOpModel
+from .arguments import PAPER_WARMUP_LR, CoOpTrainingArguments
 from .metrics import make_compute_metrics
-from .model_card import write_card
-from .modeling import CoOpModel
-from .saving import read_adapter, save_tensors, write_adapter
-from .training_args import PAPER_WARMUP_LR, CoOpTrainingArguments
 
 
 __all__ = ["CoOpTrainer"]
@@ -37,8 +38,11 @@ __all__ = ["CoOpTrainer"]
 logger = logging.get_logger(__name__)
 
 TRAINING_STATE_JSON = "training_state.json"
+
 TRAINING_STATE_TENSORS = "training_state.safetensors"
+
 TRAINER_STATE = "trainer_state.json"
+
 _STAGING = ".saving-"
 
 
@@ -51,7 +55,7 @@ class CoOpTrainer(Trainer):
         args (`CoOpTrainingArguments`, *optional*):
             Defaults to `CoOpTrainingArguments("coop_output")`.
         train_dataset (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*):
-            A data set with a column of pictures and one of labels (named in `args`), or anything that gives
+            A data set with a column of images and one of labels (named in `args`), or anything that gives
             `pixel_values` or `image_embeds` `(projection_dim,)` and `labels`, such as [`LabelledImages`] or
             [`EmbeddedImages`].
         eval_dataset (the same, or a `dict` of them, *optional*):
@@ -62,11 +66,11 @@ class CoOpTrainer(Trainer):
 
     Attributes:
         about (`dict`): what the model card should say and only you know: `dataset`, `dataset_id`, `split`, `license`
-            (see `coop_hf.model_card.make_card`).
+            (see `coop_hf.files.model_card.make_card`).
 
     Raises:
         ValueError: at once, before any work: a missing column, a label outside the class list, a class without
-            pictures, an adapter that was loaded without `is_trainable=True`, a way of training that is not supported.
+            images, an adapter that was loaded without `is_trainable=True`, a way of training that is not supported.
     """
 
     def __init__(
@@ -113,8 +117,8 @@ class CoOpTrainer(Trainer):
             if (counts == 0).any():
                 empty = [repr(model.class_names[c]) for c in np.flatnonzero(counts == 0)]
                 raise ValueError(
-                    f"{len(empty)} of {len(counts)} classes have no picture in the training set: "
-                    f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add pictures, or leave these "
+                    f"{len(empty)} of {len(counts)} classes have no image in the training set: "
+                    f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add images, or leave these "
                     "classes out of the class names while training."
                 )
             args.complete(len(train_dataset), int(counts.max()), len(counts), _embedding_size(model))
@@ -153,7 +157,7 @@ class CoOpTrainer(Trainer):
         return images
 
     def _as_embeddings(self, dataset, num_views: int | None):
-        """Embeddings of pictures, computed once, if `args` ask for that; any other data set as it is."""
+        """Embeddings of images, computed once, if `args` ask for that; any other data set as it is."""
         if not isinstance(dataset, LabelledImages) or not self.args.cache_features:
             return dataset
         if id(dataset) not in self._embedded:
@@ -229,7 +233,7 @@ class CoOpTrainer(Trainer):
     # ------------------------------------------------------------------ loss and schedule
 
     def _mean_loss(self, outputs, labels, num_items_in_batch=None):
-        """Cross-entropy, averaged over the pictures of the global batch: all processes, all accumulation steps."""
+        """Cross-entropy, averaged over the images of the global batch: all processes, all accumulation steps."""
         smoothing = self.args.label_smoothing_factor
         total = F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=smoothing)
         return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
@@ -241,7 +245,7 @@ class CoOpTrainer(Trainer):
             raise FloatingPointError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: training is stopped. "
                 + (f"The last checkpoint, {saved}, is good. " if saved else "")
-                + "Lower the learning rate, check the pictures, or use bf16 or fp32 instead of fp16."
+                + "Lower the learning rate, check the images, or use bf16 or fp32 instead of fp16."
             )
         return loss
 
@@ -310,7 +314,7 @@ class CoOpTrainer(Trainer):
         write_card(folder, self.model, name=repo_id, training=self.summary(), selected_adapters=names)
 
     def summary(self) -> dict:
-        """What is known about the training, as a model card tells it; see `coop_hf.model_card.make_card`."""
+        """What is known about the training, as a model card tells it; see `coop_hf.files.model_card.make_card`."""
         args = self.args
         summary = {
             "seed": args.seed,
@@ -319,7 +323,7 @@ class CoOpTrainer(Trainer):
                 "optimizer": f"{args.optim.value}{f' ({args.optim_args})' if args.optim_args else ''}",
                 "learning rate": args.learning_rate,
                 "weight decay": args.weight_decay,
-                "pictures a step": args.train_batch_size * self._group(),
+                "images a step": args.train_batch_size * self._group(),
                 "steps": self.state.global_step,
                 "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
                 "processes": args.world_size,
@@ -489,7 +493,7 @@ class CoOpTrainer(Trainer):
             `huggingface_hub.CommitInfo`, a `Future` of it, or `None` in processes other than the first.
 
         Raises:
-            OSError: the Hub can't be reached or refuses. Local files are whole; call it again.
+            OSError: the Hub cannot be reached or refuses. Local files are whole; call it again.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token

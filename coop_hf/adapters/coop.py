@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from .config import CoOpConfig
-from .prompts import encode_words
+from ..config import CoOpConfig
+from ..core.layout import encode_words
 
 
 __all__ = ["CONTEXT_STD", "init_context", "num_context_tokens"]

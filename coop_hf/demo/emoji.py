@@ -14,8 +14,10 @@ from datasets.table import InMemoryTable
 __all__ = ["EMOJI_SPLITS", "EMOJI_STYLES", "emoji_cupl_path", "emoji_model_path", "load_emoji"]
 
 EMOJI_STYLES = ("fluent-flat", "fluent", "fluent-hc", "emojione", "noto", "twemoji")
+
 EMOJI_SPLITS = ("train", "validation", "test")
-_FOLDER = Path(__file__).resolve().parent.parent / "examples" / "emoji"
+
+_FOLDER = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
 
 def _part(relative):
@@ -27,7 +29,7 @@ def _part(relative):
     path = _FOLDER / relative
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no {path}: the emoji pictures and model come with a clone of the repository, not with the "
+            f"There is no {path}: the emoji images and model come with a clone of the repository, not with the "
             "wheel. Clone the repository and install it from there with `pip install -e .`, or use a model and a data "
             "set of your own."
         )
@@ -35,11 +37,11 @@ def _part(relative):
 
 
 def load_emoji(style="fluent-flat"):
-    """Load the emoji few-shot task: 20 classes of pictures that one artist drew.
+    """Load the emoji few-shot task: 20 classes of images that one artist drew.
 
     The splits are disjoint by emoji name, and the names of one split are the same in every style: an emoji of the test
     part of one style is in no other style's training part. The model of [`emoji_model_path`] has seen no emoji of the
-    validation and test parts in any style, and no picture at all of the first four styles.
+    validation and test parts in any style, and no image at all of the first four styles.
 
     Args:
         style (`str`, *optional*, defaults to `"fluent-flat"`):
@@ -51,7 +53,7 @@ def load_emoji(style="fluent-flat"):
 
     Raises:
         ValueError: If there is no such style.
-        FileNotFoundError: If the pictures are not there, as in an installation from a wheel.
+        FileNotFoundError: If the images are not there, as in an installation from a wheel.
 
     Example:
 

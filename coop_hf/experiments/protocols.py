@@ -11,36 +11,23 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import datasets
 import numpy as np
 import torch
 import transformers
 
-from .baselines import HAND_TEMPLATES, IMAGENET_7_TEMPLATES, read_prompts
-from .config import clean_class_name
-from .embedded import emoji_cupl_path, emoji_model_path, load_emoji
-from .methods import (
-    EMOJI_TEMPLATES,
-    METHODS,
-    Method,
-    Options,
-    Predictor,
-    Task,
-    draw_few_shot,
-    look_up,
-    make_task,
-    select_classes,
-)
-from .modeling import CoOpModel
-from .saving import write_atomically
-from .sources import load_images, read_coop_split
-from .version import __version__
+from ..atomic import write_atomically
+from ..baselines.cupl import class_key
+from ..checks import clean_class_name
+from ..modeling import CoOpModel
+from ..version import __version__
+from .methods import METHODS, Method, Options, Predictor
+from .tasks import Task, draw_few_shot, select_classes
 
 
 __all__ = [
-    "ProtocolArguments",
     "base_to_new",
     "choose_template",
     "cross_dataset_transfer",
@@ -48,13 +35,8 @@ __all__ = [
     "environment",
     "few_shot_curve",
     "label_noise",
-    "load_splits",
     "map_classes",
-    "prepare",
-    "read_class_names",
-    "results_table",
     "run_cells",
-    "scores_by_method",
 ]
 
 
@@ -265,14 +247,14 @@ def map_classes(
     """Logits over one class list as logits over another.
 
     Args:
-        logits (`torch.Tensor`): `(num_pictures, len(source))`.
+        logits (`torch.Tensor`): `(num_images, len(source))`.
         source, target (`list[str]`): the two class lists.
         class_map (`dict[str, str]`, *optional*): `{source class: target class}`. Several source classes may stand for
             one target class, which gets their largest logit; a source class that is not named belongs to the target
             class of its own name, or to none.
 
     Returns:
-        `torch.Tensor` `(num_pictures, len(target))`.
+        `torch.Tensor` `(num_images, len(target))`.
 
     Raises:
         ValueError: unknown classes in the map, or a target class that no source class stands for.
@@ -318,7 +300,7 @@ def domain_generalization(
         source (`Task`): the data set that is learned on; its test part is the first column.
         targets (`list[Task]`): the other data sets; only their test parts are looked at.
         path, options, methods, seeds, overwrite, report: see [`few_shot_curve`].
-        shots (`int`, *optional*, defaults to 16): pictures of a class.
+        shots (`int`, *optional*, defaults to 16): images of a class.
         class_maps (`dict[str, dict[str, str]]`, *optional*): for targets by name, see [`map_classes`].
 
     Returns:
@@ -360,8 +342,8 @@ def cross_dataset_transfer(
     Args and returns: as [`domain_generalization`], without maps.
     """
     methods = _usable(methods, options, any_classes=True)
-    described = {clean_class_name(name).casefold() for name in options.cupl or {}}
-    if any(clean_class_name(name).casefold() not in described for task in targets for name in task.class_names):
+    described = set(map(class_key, options.cupl or {}))
+    if any(class_key(name) not in described for task in targets for name in task.class_names):
         methods.pop("cupl", None)
 
     def score(predict):
@@ -424,13 +406,13 @@ def label_noise(
     overwrite: bool = False,
     report=print,
 ) -> dict:
-    """Test accuracy against the share of wrong labels among the few-shot pictures.
+    """Test accuracy against the share of wrong labels among the few-shot images.
 
     Args:
         model, task, path, options, methods, seeds, overwrite, report: see [`few_shot_curve`].
         noise (`list[float]`, *optional*): shares of wrong labels, in training and in validation alike; the labels that
             are tested on are right.
-        shots (`int`, *optional*, defaults to 16): pictures of a class.
+        shots (`int`, *optional*, defaults to 16): images of a class.
 
     Returns:
         `dict`, see [`run_cells`]; the score is `"accuracy"`.
@@ -446,152 +428,3 @@ def label_noise(
     compute = functools.partial(_evaluate, model, task, methods, options, score)
     settings = _settings("label_noise", model, [task], options)
     return run_cells(path, settings, cells, compute, overwrite, report)
-
-
-# ---------------------------------------------------------------------- tables
-
-
-def scores_by_method(results: dict, methods: dict[str, Method], column: str) -> dict[str, dict]:
-    """Scores of the seeds, by title of the method and by column.
-
-    Args:
-        results (`dict`): as a protocol returns it.
-        methods (`dict[str, Method]`): gives titles and order.
-        column (`str`): `"shots"` or another key of the cells, or `"scores"`: one column for each score.
-
-    Returns:
-        `dict[str, dict[key, list[float]]]`.
-    """
-    table = {method.title: {} for method in methods.values()}
-    for entry in results["cells"]:
-        by_column = table[methods[entry["cell"]["method"]].title]
-        for name, value in entry["scores"].items():
-            key = name if column == "scores" else entry["cell"].get(column)
-            by_column.setdefault(key, []).append(value)
-    return {title: by_column for title, by_column in table.items() if by_column}
-
-
-def results_table(scores: dict[str, dict], columns: list, corner: str = "", headers: list[str] | None = None) -> str:
-    """Means in percent ± the standard deviation over seeds (of a sample), as a table that is Markdown too.
-
-    Args:
-        scores (`dict[str, dict[key, list[float]]]`): as [`scores_by_method`] gives them. A method that does not
-            learn has one score, in every column if it stands under 0 or `None`.
-        columns (`list`): keys, in order.
-        corner (`str`, *optional*): heading of the first column.
-        headers (`list[str]`, *optional*, defaults to the keys): headings of the others.
-
-    Returns:
-        `str`.
-    """
-    rows = [[corner, *(headers or map(str, columns))]]
-    for title, by_column in scores.items():
-        everywhere = by_column.get(0, by_column.get(None)) if len(by_column) == 1 else None
-        rows.append([title, *(_mean_and_spread(by_column.get(key, everywhere)) for key in columns)])
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def _mean_and_spread(values) -> str:
-    if not values:
-        return ""
-    mean = f"{100 * np.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values, ddof=1):.1f}"
-
-
-# ---------------------------------------------------------------------- commands
-
-
-@dataclass
-class ProtocolArguments:
-    """What the commands under `examples/` have in common."""
-
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a CLIP model. Default: the embedded emoji CLIP."}
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub id or folder, see docs/datasets.md. Default: the embedded emoji."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    coop_split: str | None = field(default=None, metadata={"help": "A split_zhou_*.json of the CoOp benchmark."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the pictures of --coop_split."})
-    class_names_file: str | None = field(
-        default=None, metadata={"help": "Text file with a class name in each line, in the order of the labels."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji to learn on."})
-    template: str | None = field(
-        default=None,
-        metadata={"help": "Hand-written prompt. Default: CoOp's for the data set; emoji: the best on validation."},
-    )
-    cupl_file: str | None = field(
-        default=None, metadata={"help": "JSON file of CuPL's sentences. The emoji have one."}
-    )
-    methods: list[str] | None = field(default=None, metadata={"help": f"Any of {', '.join(METHODS)}. Default: all."})
-    shots: list[int] = field(default_factory=lambda: [16], metadata={"help": "Pictures of a class."})
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds."})
-    recipe: str = field(default="fast", metadata={"help": "'fast' or 'paper', see CoOpTrainingArguments."})
-    output_dir: str = field(default="results", metadata={"help": "Folder of the results."})
-    overwrite: bool = field(default=False, metadata={"help": "Start afresh instead of going on."})
-
-
-def load_splits(args: ProtocolArguments) -> dict:
-    """The splits of the data set that the arguments name: "train", "validation", "test", as far as it has them."""
-    if args.coop_split is not None:
-        return read_coop_split(args.coop_split, args.image_root)
-    if args.dataset is None:
-        return load_emoji(args.style)
-    splits = load_images(args.dataset, **({"name": args.dataset_config} if args.dataset_config else {}))
-    if isinstance(splits, datasets.Dataset):
-        return {"test": splits}
-    splits = {("validation" if name in ("val", "valid") else name): split for name, split in splits.items()}
-    if "test" not in splits and "validation" in splits:  # Food101, ImageNet: what is published is the test part
-        splits["test"] = splits.pop("validation")
-    return splits
-
-
-def read_class_names(path) -> list[str]:
-    """The class names in a text file, one in each line; empty lines don't count."""
-    with open(path, encoding="utf-8") as file:
-        return [line.strip() for line in file if line.strip()]
-
-
-def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str, Method]]:
-    """Loads and embeds what a command needs.
-
-    Returns:
-        the model, on a GPU if there is one; the data set; options; the methods.
-    """
-    methods = {name: look_up(METHODS, name, "method") for name in args.methods or METHODS}
-    model = CoOpModel.from_pretrained(args.base_model or emoji_model_path())
-    if torch.cuda.is_available():
-        model.to("cuda")
-    names = None if args.class_names_file is None else read_class_names(args.class_names_file)
-    is_emoji = args.dataset is None and args.coop_split is None
-    name = args.style if is_emoji else _short_name(args)
-    splits = load_splits(args)
-    if "train" not in splits or "test" not in splits:
-        raise ValueError(f"{name} has {', '.join(splits)}; a protocol needs train, and test or validation.")
-    task = make_task(model, splits, name, args.image_column, args.label_column, names)
-    if is_emoji:
-        template, ensemble = args.template, EMOJI_TEMPLATES
-        if template is None:
-            template, scores = choose_template(model, task, EMOJI_TEMPLATES)
-            shown = ", ".join(f'"{text}" {100 * score:.1f}' for text, score in scores.items())
-            print(f"Hand-written template, chosen on validation (zero-shot accuracy in %): {shown}")
-    else:
-        template = args.template or HAND_TEMPLATES.get(name, "a photo of a {}.")
-        ensemble = dict.fromkeys((*IMAGENET_7_TEMPLATES, template))  # as in CoOp's comparison
-    cupl_file = emoji_cupl_path() if args.cupl_file is None and is_emoji else args.cupl_file
-    cupl = None if cupl_file is None else read_prompts(cupl_file, task.class_names)
-    print(f'Template: "{template}". Pictures: {", ".join(f"{k} {len(v[1])}" for k, v in task.parts.items())}.')
-    return model, task, Options(template, tuple(ensemble), cupl, args.recipe), methods
-
-
-def _short_name(args: ProtocolArguments) -> str:
-    if args.coop_split is not None:
-        return os.path.splitext(os.path.basename(args.coop_split))[0].removeprefix("split_zhou_")
-    return os.path.basename(os.path.normpath(args.dataset))

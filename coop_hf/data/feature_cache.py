@@ -1,8 +1,8 @@
-"""Image embeddings computed once: the image tower is frozen, so a picture's view always gives the same vector.
+"""Image embeddings computed once: the image tower is frozen, so an image's view always gives the same vector.
 
 The cache is a folder for each tower (weights, preprocessing, precision), holding append-only safetensors files of
-identities and embeddings. An identity is a hash of the picture's content and of the view, so another run, another
-seed, another set of shots or another method finds what is there, whatever data set the picture came with.
+identities and embeddings. An identity is a hash of the image's content and of the view, so another run, another
+seed, another set of shots or another method finds what is there, whatever data set the image came with.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .saving import save_tensors, write_atomically
+from ..atomic import save_tensors, write_atomically
 
 
 __all__ = ["EmbeddedImages", "FeatureCache", "default_cache_dir", "embed_images"]
@@ -25,6 +25,7 @@ __all__ = ["EmbeddedImages", "FeatureCache", "default_cache_dir", "embed_images"
 logger = logging.getLogger(__name__)
 
 _ID_BYTES = 16
+
 _FILE_ROWS = 4096  # embeddings in one file: at most so many are lost when a run is interrupted
 
 
@@ -91,8 +92,8 @@ class FeatureCache:
         except OSError as error:
             if not self._unwritten:
                 logger.warning(
-                    "Image embeddings can't be kept in %s (%s): the next run computes them again. Free space, or name "
-                    "another folder (`feature_cache_dir`, or COOP_HF_CACHE in the environment).",
+                    "Image embeddings cannot be kept in %s (%s): the next run computes them again. Free space, or "
+                    "name another folder (`feature_cache_dir`, or COOP_HF_CACHE in the environment).",
                     self.folder,
                     error,
                 )
@@ -118,7 +119,7 @@ class FeatureCache:
 
 
 def _tower_key(model, images) -> str:
-    """Identity of what turns a picture into an embedding: image tower, projection, preprocessing and precision."""
+    """Identity of what turns an image into an embedding: image tower, projection, preprocessing and precision."""
     digest = hashlib.blake2b(digest_size=16)
     base = model.get_base_model()
     for module in (base.vision_model, base.visual_projection):
@@ -162,11 +163,11 @@ def embed_images(
 
     Args:
         model (`CoOpModel`): its image tower is used, on its device, under the autocast that is in force.
-        images (`LabelledImages`): the pictures.
-        num_views (`int`, *optional*): augmented views 0 ... num_views - 1 of each picture, the same pixels that
+        images (`LabelledImages`): the images.
+        num_views (`int`, *optional*): augmented views 0 ... num_views - 1 of each image, the same pixels that
             epochs 0 ... num_views - 1 of a training without cache see. `None`: the plain view alone.
         cache_dir (`str`, *optional*, defaults to `default_cache_dir()`): where caches lie.
-        batch_size (`int`, *optional*, defaults to 64): pictures a step.
+        batch_size (`int`, *optional*, defaults to 64): images a step.
         num_workers (`int`, *optional*, defaults to 0): processes that decode.
         process_index, num_processes, barrier: with several processes, each computes its share and waits for the rest.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
@@ -212,11 +213,11 @@ def _compute(model, images, todo, cache: FeatureCache, batch_size: int, num_work
 
 
 class EmbeddedImages(Dataset):
-    """Image embeddings and labels as a data set for training: item i of epoch e is view e mod K of picture i.
+    """Image embeddings and labels as a data set for training: item i of epoch e is view e mod K of image i.
 
     Args:
-        image_embeds (`torch.Tensor`): `(K, num_pictures, projection_dim)` or `(num_pictures, projection_dim)`.
-        labels (`Sequence[int]`): class indices, `(num_pictures,)`.
+        image_embeds (`torch.Tensor`): `(K, num_images, projection_dim)` or `(num_images, projection_dim)`.
+        labels (`Sequence[int]`): class indices, `(num_images,)`.
     """
 
     def __init__(self, image_embeds: torch.Tensor, labels):

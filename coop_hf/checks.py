@@ -1,0 +1,83 @@
+"""Small checks and the shared wording of error messages: class names, text, whole numbers."""
+
+MAX_CLASSES = 1_000_000
+
+MAX_TEXT_LENGTH = 10_000
+
+
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value) -> str:
+    """A value in an error message, at a bounded length."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def some(items, limit=5):
+    """`items` as text for an error message, cut after `limit`."""
+    items = list(items)
+    text = ", ".join(repr(item) for item in items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
+
+
+def check_text(name: str, value, hint: str = "", optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or not value.strip():
+        kind = "a non-empty string or None" if optional else "a non-empty string"
+        raise ValueError(f"`{name}` must be {kind}, got {shown(value)}. {hint}")
+    if len(value) > MAX_TEXT_LENGTH:
+        raise ValueError(f"`{name}` has {len(value):,} characters; at most {MAX_TEXT_LENGTH:,} are accepted. {hint}")
+    if any(ord(character) < 32 and character not in "\t\n" or ord(character) == 127 for character in value):
+        raise ValueError(f"`{name}` must not contain control characters, got {value[:80]!r}. {hint}")
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        raise ValueError(f"`{name}` holds half a character, which no file can hold: {value[:80]!r}. {hint}")
+
+
+def check_class_names(class_names) -> list[str]:
+    """Returns the class names as a list of strings.
+
+    Args:
+        class_names (`Sequence[str]`):
+            At least one name; all different once surrounding space is removed and underscores are read as spaces.
+
+    Raises:
+        ValueError: no names, an empty name, a duplicate, or something that is no string; says which.
+    """
+    if isinstance(class_names, (str, bytes)):
+        raise ValueError(f"`class_names` must be a list of strings, got the single string {class_names[:80]!r}.")
+    if isinstance(class_names, (set, frozenset, dict)):
+        raise ValueError(
+            f"`class_names` must be a list of strings in the order of the labels, got a {type(class_names).__name__}."
+        )
+    try:
+        names = list(class_names)
+    except TypeError:
+        raise ValueError(f"`class_names` must be a list of strings, got {type(class_names).__name__}.") from None
+    if not names:
+        raise ValueError("`class_names` is empty: pass at least one class name.")
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"`class_names` has {len(names):,} entries; at most {MAX_CLASSES:,} are accepted.")
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"class name {index} must be a string, got {type(name).__name__}: {str(name)[:80]!r}.")
+        key = clean_class_name(name)
+        if not key:
+            raise ValueError(f"class name {index} is empty ({shown(name)}): give every class a readable name.")
+        check_text(f"class_names[{index}]", name, "Use the plain name of the class.", optional=False)
+        if key in seen:
+            raise ValueError(
+                f"class name {index} ({shown(name)}) is the same as class name {seen[key]} "
+                f"({shown(names[seen[key]])}): two "
+                "classes with one prompt cannot be told apart. Merge them or give them different names."
+            )
+        seen[key] = index
+    return names
+
+
+def clean_class_name(name: str) -> str:
+    """The class name as it is put into a prompt: underscores become spaces, runs of white space one space."""
+    return " ".join(name.replace("_", " ").split())

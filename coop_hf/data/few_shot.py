@@ -1,0 +1,220 @@
+"""Labels of a `datasets.Dataset`, and few-shot sampling."""
+
+import operator
+import re
+from collections import Counter
+
+import datasets
+import numpy as np
+
+from ..checks import clean_class_name, some
+
+
+__all__ = ["resolve_labels", "sample_few_shot"]
+
+
+# Labels and few-shot sampling
+
+
+def _check_dataset(dataset):
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"Expected one split of a data set, got a {type(dataset).__name__} with the splits "
+            f"{some(dataset)}: pass one of them, such as dataset['{next(iter(dataset), 'train')}']."
+        )
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"Expected a datasets.Dataset, got {type(dataset).__name__}: make one with `datasets.Dataset.from_dict`, "
+            "`datasets.Dataset.from_list` or `coop_hf.load_images`."
+        )
+
+
+def _check_column(dataset, column, argument):
+    _check_dataset(dataset)
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"The data set has no column '{column}'; it has {some(dataset.column_names, 20)}. "
+            f"Pass the right one as `{argument}=`."
+        )
+
+
+def _check_class_names(class_names):
+    if isinstance(class_names, str):
+        raise TypeError(f"`class_names` must be a list of names, got the single string {class_names!r}.")
+    class_names = list(class_names)
+    if not class_names:
+        raise ValueError("`class_names` is empty: pass one name for each class.")
+    for position, name in enumerate(class_names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"Class name {position} is {name!r}: every class needs a name that is not empty.")
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Each class name may stand once in `class_names`; repeated: {some(repeated)}.")
+    return class_names
+
+
+def _read_labels(dataset, label_column):
+    """The label column as a list, and its feature. Reads no other column, so no image is decoded."""
+    _check_column(dataset, label_column, "label_column")
+    # No formatting: a transform that the user set on the data set may decode images or rename columns.
+    values = dataset.select_columns([label_column]).with_format(None)[:][label_column]
+    feature = dataset.features[label_column]
+    kind = getattr(feature, "dtype", None)
+    if not isinstance(feature, datasets.ClassLabel):
+        if not isinstance(feature, datasets.Value) or not re.fullmatch(r"u?int\d+|(large_)?string", str(kind)):
+            raise ValueError(
+                f"Labels must be a ClassLabel, integers or strings, but the column '{label_column}' holds {feature}. "
+                "Pass another column as `label_column=`, or cast this one with `dataset.cast_column`."
+            )
+    is_string = "string" in str(kind)
+    missing = [row for row, value in enumerate(values) if value is None or (not is_string and value == -1)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(values)} rows have no label (None or -1) in the column '{label_column}', such as "
+            f"row {missing[0]}. Drop them, with `dataset.filter` or `dataset.select`, or label them."
+        )
+    return values, feature
+
+
+def resolve_labels(dataset, label_column="label", class_names=None):
+    """
+    Class names and class indices of a data set, whatever its label column holds.
+
+    Only the label column is read. Underscores in names are kept; the prompt turns them into spaces.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            One split of a data set.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Column with a `ClassLabel`, integers or strings.
+        class_names (`list[str]`, *optional*):
+            Names of the classes in the order of their indices. If all names of a `ClassLabel` are among them, labels
+            follow the names; otherwise they replace its names, one for each. They are required for integers, and give
+            the order and the valid values for strings, which are otherwise sorted.
+
+    Returns:
+        `tuple(list[str], np.ndarray)`: the class names, and the class index of each row, `(num_rows,)` int64.
+
+    Raises:
+        ValueError: if the column is missing or of another type, a row has no label, a label is outside the class list,
+            or `class_names` is missing for integers, of the wrong length, or has repeated or empty names.
+    """
+    values, feature = _read_labels(dataset, label_column)
+    given = None if class_names is None else _check_class_names(class_names)
+    if isinstance(feature, datasets.ClassLabel):
+        names = given or _check_class_names(feature.names)
+        index_of = {clean_class_name(name): index for index, name in enumerate(names)}
+        if given is not None and all(clean_class_name(name) in index_of for name in feature.names):
+            # The same names, or some of them, perhaps in another order, as in a test folder: by name.
+            order = [index_of[clean_class_name(name)] for name in feature.names]
+            values = [order[value] if 0 <= value < len(order) else value for value in values]
+        elif given is not None and len(given) != feature.num_classes:
+            raise ValueError(
+                f"`class_names` has {len(given)} names, but the column '{label_column}' has {feature.num_classes} "
+                f"classes ({some(feature.names)}), which are not among them: pass one name for each class, in this "
+                "order."
+            )
+    elif "string" in str(feature.dtype):
+        names = given or _check_class_names(sorted(set(values)))
+        index_of = {name: index for index, name in enumerate(names)}
+        for row, value in enumerate(values):
+            if value not in index_of:
+                raise ValueError(
+                    f"Row {row} has the label {value!r} in the column '{label_column}', which is not among the "
+                    f"{len(names)} class names ({some(names)}): add it to `class_names=` or drop the row."
+                )
+        values = [index_of[value] for value in values]
+    elif given is None:
+        raise ValueError(
+            f"The column '{label_column}' holds integers without names ({some(sorted(set(values)))}), and "
+            "a prompt needs names: pass `class_names=[...]`, in the order of the integers from 0."
+        )
+    else:
+        names = given
+    labels = np.asarray(values, dtype=np.int64).reshape(-1)
+    outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"Row {row} has the label {labels[row]} in the column '{label_column}', but there are {len(names)} "
+            f"classes, so labels go from 0 to {len(names) - 1} ({len(outside)} rows are outside). "
+            "Correct the labels or pass all names as `class_names=`."
+        )
+    return names, labels
+
+
+def sample_few_shot(dataset, num_shots, label_column="label", seed=0, class_names=None, allow_fewer=False):
+    """
+    A few-shot training set: exactly `num_shots` rows of each class, drawn without replacement.
+
+    The draw is a function of the labels, `num_shots` and `seed` alone, the same on every machine. It is nested: with
+    the same seed, the rows for K shots are among those for any larger number of shots, so that a curve over shots
+    (section 3.1 of the [CoOp paper](https://arxiv.org/abs/2109.01134)) shows the gain of added images. Images are
+    not decoded.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            One split of a data set.
+        num_shots (`int`):
+            Rows per class, at least 1.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Column with a `ClassLabel`, integers or strings.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draw, from 0 to 2³² - 1.
+        class_names (`list[str]`, *optional*):
+            Names of the classes, as in [`resolve_labels`]. Integers may go without: the integers present are then the
+            classes.
+        allow_fewer (`bool`, *optional*, defaults to `False`):
+            Take all rows of a class that has fewer than `num_shots`, or none, instead of raising.
+
+    Returns:
+        `datasets.Dataset`: the drawn rows, class by class, with all columns.
+
+    Raises:
+        ValueError: if `num_shots` or `seed` is out of range, the column is missing, or a class has too few rows.
+
+    Example:
+
+    ```python
+    >>> train = sample_few_shot(dataset["train"], num_shots=16, seed=1)
+    ```
+    """
+    try:
+        num_shots, seed = operator.index(num_shots), operator.index(seed)
+    except TypeError:
+        raise TypeError(f"`num_shots` and `seed` must be integers, got {num_shots!r} and {seed!r}.") from None
+    if num_shots < 1:
+        raise ValueError(f"`num_shots` must be at least 1, got {num_shots}. For no shots, use the model zero-shot.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {seed}.")
+
+    values, feature = _read_labels(dataset, label_column)
+    if class_names is None and isinstance(feature, datasets.Value) and "int" in feature.dtype:
+        found = sorted(set(values))
+        names = [str(value) for value in found]
+        labels = np.searchsorted(np.asarray(found), np.asarray(values)) if found else np.zeros(0, np.int64)
+    else:
+        names, labels = resolve_labels(dataset, label_column, class_names)
+
+    # One random key for each row; a class gives its rows with the smallest keys, which makes the draw nested.
+    # RandomState and not Generator: numpy promises that its stream never changes.
+    keys = np.random.RandomState(seed).random_sample(len(labels))
+    order = np.argsort(keys, kind="stable")
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels, minlength=len(names))
+    if not allow_fewer:
+        empty = [name for name, count in zip(names, counts) if count == 0]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(names)} classes have no image: {some(empty)}. Add images, take these "
+                "classes out, or pass `allow_fewer=True`."
+            )
+        few = [f"{name} ({count})" for name, count in zip(names, counts) if count < num_shots]
+        if few:
+            raise ValueError(
+                f"{len(few)} of {len(names)} classes have fewer than {num_shots} images: {some(few)}. Ask for at "
+                f"most {counts.min()} shots, add images, or pass `allow_fewer=True` to take what there is."
+            )
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    rows = np.concatenate([by_class[s : s + min(num_shots, n)] for s, n in zip(starts, counts)] or [by_class])
+    return dataset.select(rows.tolist())

@@ -1,0 +1,294 @@
+"""[`LabelledImages`], the data set of a training: pixels and class indices, decoded in the workers of a
+`DataLoader`; [`collate`] batches them.
+"""
+
+import hashlib
+import logging
+import operator
+import os
+import re
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import torch
+
+from ..checks import some
+from .few_shot import _check_column, resolve_labels
+from .transforms import decode_image, eval_transform, train_pixels, train_transform
+
+
+__all__ = ["LabelledImages", "collate"]
+
+logger = logging.getLogger(__name__)
+
+
+# The data set of a training
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """
+    Images and labels of a `datasets.Dataset` as tensors, decoded where they are asked for: in the workers of a
+    `DataLoader`.
+
+    The augmentation of a row is a function of `seed`, epoch and row alone. Number of workers, number of processes,
+    order and resuming do not change it. Call [`~LabelledImages.set_epoch`] before each epoch is iterated; it reaches
+    workers that are already running.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            One split of a data set.
+        image_processor (`BaseImageProcessor` or `ProcessorMixin`):
+            The model's image processor, or a processor that holds it.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Column with a `datasets.Image`, paths, encoded files or pixels, see
+            `coop_hf.data.transforms.decode_image`.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Column with a `ClassLabel`, integers or strings.
+        class_names (`list[str]`, *optional*):
+            Names of the classes, see [`resolve_labels`].
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the augmentation, from 0 to 2³² - 1.
+        augment (`bool`, *optional*, defaults to `False`):
+            Whether items are augmented views (for training) or plain ones (for evaluation).
+        transform (`Callable`, *optional*):
+            Augmentation `(image, rng) -> (3, height, width)` float32, by default `train_transform(image_processor)`.
+            It must draw from `rng`, a `np.random.Generator`, only.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` when an unreadable image is asked for, or `"skip"`: decode all images once now, leave the
+            unreadable ones out, and say how many.
+
+    Attributes:
+        class_names (`list[str]`): names of the classes.
+        labels (`np.ndarray`): class index of each item, `(num_items,)` int64.
+        rows (`np.ndarray`): row of `dataset` that each item comes from, `(num_items,)` int64.
+        skipped (`list[int]`): rows of `dataset` that were left out.
+
+    Raises:
+        ValueError: if a column is missing or of the wrong type, a label is wrong, or no image is readable.
+
+    Example:
+
+    ```python
+    >>> train = LabelledImages(dataset["train"], processor, seed=1, augment=True)
+    >>> loader = torch.utils.data.DataLoader(train, batch_size=32, shuffle=True, collate_fn=collate, num_workers=2)
+    >>> for epoch in range(50):
+    ...     train.set_epoch(epoch)
+    ...     for batch in loader:
+    ...         ...
+    ```
+    """
+
+    def __init__(
+        self,
+        dataset,
+        image_processor,
+        image_column="image",
+        label_column="label",
+        class_names=None,
+        seed=0,
+        augment=False,
+        transform=None,
+        on_bad_image="raise",
+    ):
+        if on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"`on_bad_image` must be 'raise' or 'skip', got {on_bad_image!r}.")
+        if not 0 <= operator.index(seed) < 2**32:
+            raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {seed}.")
+        _check_column(dataset, image_column, "image_column")
+        if len(dataset) == 0:
+            raise ValueError("The data set has no rows: check the split and any filter or selection before this.")
+        self.class_names, self.labels = resolve_labels(dataset, label_column, class_names)
+        self.image_column = image_column
+        self.seed = operator.index(seed)
+        self.augment = augment
+        self._plain = eval_transform(image_processor)
+        self._augmented = train_transform(image_processor) if transform is None else transform
+        if getattr(self._augmented, "func", None) is train_pixels:
+            self._augmentation = f"train_transform {sorted(self._augmented.keywords.items())}"
+        else:
+            self._augmentation = uuid.uuid4().hex  # nobody knows what it does, so what it gives is not kept for others
+
+        feature = dataset.features[image_column]
+        dtype = getattr(feature, "dtype", None)
+        is_image = isinstance(feature, datasets.Image)
+        if isinstance(feature, datasets.ClassLabel) or (
+            isinstance(feature, datasets.Value) and not re.fullmatch(r"(large_)?(string|binary)", str(dtype))
+        ):
+            images = [name for name, other in dataset.features.items() if isinstance(other, datasets.Image)]
+            raise ValueError(
+                f"The column '{image_column}' holds {feature}, which is no image. Pass as `image_column=` a column "
+                "of datasets.Image, paths, encoded files or pixels (columns with a datasets.Image: "
+                f"{some(images) or 'none'})."
+            )
+        self._mode = feature.mode if is_image else None
+        images = dataset.select_columns([image_column]).with_format(None)
+        self._images = images.cast_column(image_column, datasets.Image(decode=False)) if is_image else images
+
+        # In shared memory, so that set_epoch reaches workers that are already running.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.rows = np.arange(len(dataset), dtype=np.int64)
+        self.skipped = []
+        if on_bad_image == "skip":
+            self._drop_unreadable()
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        # A copy (deepcopy, pickle) has an epoch of its own; a worker process gets the shared one and keeps it.
+        if not self._epoch.is_shared():
+            self._epoch.share_memory_()
+
+    def _drop_unreadable(self):
+        def problem(row):
+            try:
+                self._decode(row)
+            except ValueError as error:
+                return str(error)
+
+        # PIL decodes without holding the interpreter lock.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            problems = list(pool.map(problem, range(len(self.rows))))
+        bad = np.array([text is not None for text in problems])
+        self.skipped = np.flatnonzero(bad).tolist()
+        if not self.skipped:
+            return
+        first = problems[self.skipped[0]]
+        if bad.all():
+            raise ValueError(f"None of the {len(bad)} images can be read. The first: {first}")
+        self.rows, self.labels = self.rows[~bad], self.labels[~bad]
+        logger.warning(
+            "Left out %d of %d images that cannot be read (rows %s). The first: %s",
+            len(self.skipped),
+            len(bad),
+            some(self.skipped),
+            first,
+        )
+
+    def _decode(self, row):
+        value = self._images[row][self.image_column]
+        try:
+            return decode_image(value, self._mode)
+        # PIL's decoders raise many types for broken files (OSError, SyntaxError, struct.error, ...).
+        except Exception as error:
+            path = value.get("path") if isinstance(value, dict) else value
+            where = f" ('{path}')" if isinstance(path, (str, os.PathLike)) else ""
+            raise ValueError(
+                f"The image in row {row}{where}, column '{self.image_column}', cannot be read: "
+                f"{type(error).__name__}: {error}. Replace it or drop the row, or pass on_bad_image='skip'."
+            ) from error
+
+    def __len__(self):
+        return len(self.rows)
+
+    @property
+    def epoch(self):
+        """`int`: the epoch whose augmented views the items are."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch):
+        """
+        Set the epoch, which chooses the augmented views. `accelerate`'s data loaders call this in single-process runs.
+
+        Args:
+            epoch (`int`):
+                Epoch, from 0.
+        """
+        if int(epoch) < 0:
+            raise ValueError(f"`epoch` must be at least 0, got {epoch}.")
+        self._epoch.fill_(int(epoch))
+
+    def view(self, index, epoch=None):
+        """
+        The pixels of an item as it is in a given epoch of augmented training.
+
+        Args:
+            index (`int`):
+                Item.
+            epoch (`int`, *optional*):
+                Epoch, from 0. `None` is the plain view, that of evaluation.
+
+        Returns:
+            `torch.Tensor`: pixels, `(3, height, width)` float32.
+
+        Raises:
+            IndexError: if there is no such item.
+            ValueError: if the image cannot be read; names the row and the path.
+        """
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no item {index}: the data set has {len(self)}.")
+        # The row and not the index seeds: skipping an image must not change the augmentation of others.
+        row = int(self.rows[index])
+        image = self._decode(row)
+        if epoch is None:
+            return self._plain(image)
+        return self._augmented(image, np.random.default_rng([self.seed, operator.index(epoch), row]))
+
+    def preprocessing_key(self):
+        """`str`: names the plain transform, for a cache of what it gives."""
+        return f"{self._plain.keywords['image_processor'].to_json_string()} {self._mode}"
+
+    def view_key(self, index, epoch=None):
+        """`str`: names a view of an item; see [`~LabelledImages.view`]."""
+        if epoch is None:
+            return "plain"
+        return f"{self._augmentation} {self.seed} {operator.index(epoch)} {int(self.rows[index])}"
+
+    def content_key(self, index):
+        """`bytes`: hash of an item's encoded image; of a file on disk, hash of its path, size and time of change."""
+        value = self._images[int(self.rows[index])][self.image_column]
+        if isinstance(value, (str, os.PathLike)):
+            value = {"path": os.fspath(value), "bytes": None}
+        if isinstance(value, dict) and value.get("bytes") is None and os.path.exists(value.get("path") or ""):
+            status = os.stat(value["path"])
+            content = f"{os.path.abspath(value['path'])} {status.st_size} {status.st_mtime_ns}".encode()
+        elif isinstance(value, dict):
+            content = value.get("bytes") or repr(value.get("path")).encode()
+        elif isinstance(value, (bytes, bytearray, memoryview)):
+            content = bytes(value)
+        else:
+            pixels = np.ascontiguousarray(value)
+            content = f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+    def __getitem__(self, index):
+        return {
+            "pixel_values": self.view(index, self.epoch if self.augment else None),
+            "labels": int(self.labels[index]),
+        }
+
+
+def collate(examples):
+    """
+    A batch from examples of [`LabelledImages`], or from examples that hold image embeddings instead of pixels.
+
+    Args:
+        examples (`list[dict]` or `dict[str, torch.Tensor]`):
+            A batch already, which is returned as it is, or examples, each with `pixel_values`
+            `(3, height, width)` or `image_embeds` `(projection_dim,)`, and `labels` `()`, which may be left out in
+            prediction.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `image_embeds` `(batch, projection_dim)` if present, else `pixel_values`
+        `(batch, 3, height, width)`, both float32; `labels` `(batch,)` int64.
+
+    Raises:
+        ValueError: if examples hold neither, or images of different sizes.
+    """
+    if isinstance(examples, dict):
+        return examples
+    key = "image_embeds" if "image_embeds" in examples[0] else "pixel_values"
+    if key not in examples[0]:
+        raise ValueError(f"Examples need 'pixel_values' or 'image_embeds', got {some(examples[0])}.")
+    tensors = [torch.as_tensor(example[key], dtype=torch.float32) for example in examples]
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The '{key}' of a batch must have one shape, got {some(shapes)}: use an image processor that crops or "
+            "resizes to a fixed height and width."
+        )
+    batch = {key: torch.stack(tensors)}
+    if "labels" in examples[0]:
+        batch["labels"] = torch.tensor([int(example["labels"]) for example in examples], dtype=torch.int64)
+    return batch

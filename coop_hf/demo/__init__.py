@@ -1,0 +1,1 @@
+"""What comes with the repository: the embedded emoji data set and its small CLIP."""

@@ -1,0 +1,6 @@
+"""Out of coop_hf: exported classifiers, and learned prompts inside stock models."""
+
+from .export import ImageClassifier, as_image_classifier, export_onnx
+
+
+__all__ = ["ImageClassifier", "as_image_classifier", "export_onnx"]

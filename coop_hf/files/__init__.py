@@ -1,0 +1,1 @@
+"""Files that travel: adapters, base models, the Hub, model cards, checkpoints of other code."""

@@ -1,0 +1,139 @@
+"""Putting adapters on the Hub: their files and a model card, in one commit."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RevisionNotFoundError,
+)
+
+from ..hub import _HTTPError, _server_error, _status, find_file, is_hub_id
+
+
+__all__ = ["push_to_hub"]
+
+
+def push_to_hub(
+    model,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    selected_adapters: list[str] | None = None,
+    card: str | None = None,
+    training: dict | None = None,
+) -> CommitInfo:
+    """Puts adapters on the Hub: their files and a model card, in one commit. Never the base model.
+
+    The repository is made if it is missing. In one that exists, its other files stay, and in its card everything that
+    people wrote (see `coop_hf.files.model_card`). A push that fails changes nothing on this machine and no existing
+    file on the Hub; run it again.
+
+    Args:
+        model (`CoOpModel`): the model.
+        repo_id (`str`): `"owner/name"`, or `"name"` for one's own.
+        private (`bool`, *optional*): for a new repository; defaults to what the owner has set.
+        token (`str` or `bool`, *optional*, defaults to the one that `hf auth login` stored): a token that may write.
+        revision (`str`, *optional*, defaults to `"main"`): branch to commit to; made if missing.
+        commit_message (`str`, *optional*): defaults to a line that names the adapters.
+        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead of committing.
+        selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+        card (`str`, *optional*): text of a finished card, to be pushed as it is.
+        training (`dict`, *optional*): what the card says about the training, see `coop_hf.files.model_card.make_card`.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: `oid`, `commit_url` and, with `create_pr`, `pr_url`.
+
+    Raises:
+        ValueError: a bad `repo_id`, arguments that contradict each other, or a context with NaN; before anything is
+            sent.
+        OSError: the Hub cannot be reached or refuses; says why and what to do.
+    """
+    from .model_card import CARD_NAME, make_card  # here, because the card's room looks at models and this one does not
+
+    if not isinstance(repo_id, str) or not is_hub_id(repo_id):
+        raise ValueError(f"`repo_id` must have the form 'name' or 'owner/name', got {repo_id!r}.")
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"a pull request goes to the main branch: leave out `create_pr` or revision={revision!r}.")
+    if selected_adapters is not None and not selected_adapters:
+        raise ValueError("`selected_adapters` is empty: name at least one adapter, or leave it out for all.")
+    with tempfile.TemporaryDirectory(prefix="coop_hf_push_") as folder:
+        adapter_folder = os.path.join(folder, "adapter")
+        names = model.save_adapters(adapter_folder, selected_adapters)
+        api = HfApi(token=token, library_name="coop_hf")
+        with _push_errors(repo_id, revision):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if card is None:
+            source = {"revision": revision, "token": token, "cache_dir": os.path.join(folder, "cache")}
+            card = make_card(
+                model,
+                name=repo_id,
+                existing=_read_card(repo_id, CARD_NAME, source),
+                training=training,
+                selected_adapters=selected_adapters,
+            )
+        with open(os.path.join(adapter_folder, CARD_NAME), "w", encoding="utf-8") as file:
+            file.write(card)
+        with _push_errors(repo_id, revision):
+            # One commit, so that nobody ever reads a new configuration beside old weights.
+            return api.create_commit(
+                repo_id,
+                [
+                    CommitOperationAdd(path, os.path.join(adapter_folder, path))
+                    for path in sorted(_files_below(adapter_folder))
+                ],
+                commit_message=commit_message or f"Upload {', '.join(names)} with coop_hf",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+@contextmanager
+def _push_errors(repo_id: str, revision: str | None):
+    try:
+        yield
+    except (HfHubHTTPError, _HTTPError, RuntimeError) as error:  # a failed LFS upload is a RuntimeError
+        raise _push_explained(error, repo_id, revision) from error
+
+
+def _files_below(folder: str) -> list[str]:
+    paths = [os.path.join(root, file) for root, _, files in os.walk(folder) for file in files]
+    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in paths]
+
+
+def _read_card(repo_id: str, filename: str, source: dict) -> str | None:
+    """The card that is on the Hub, or `None`. Kept in no cache, because it has to be the newest."""
+    try:
+        with open(find_file(repo_id, filename, **source), encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _push_explained(error: BaseException, repo_id: str, revision: str | None) -> OSError:
+    said = _server_error(error)
+    status = _status(said)
+    hint = {
+        401: "no token was given, or one that the Hub does not accept: pass `token=...` or run `hf auth login`",
+        403: "the token may not write there: use one with write access, another owner, or `create_pr=True`",
+        409: "something else is being done to the repository at this moment",
+        412: "somebody else committed at the same moment",
+        429: "there were too many requests; wait a few minutes",
+    }.get(status)
+    if hint is None and isinstance(said, RevisionNotFoundError):
+        hint = f"the repository has no revision {revision!r}, or it is none that can be committed to"
+    if hint is None:
+        text = " ".join(str(said).split())[:300] or type(said).__name__
+        hint = f"the Hub answered with the error {status}: {text}" if status else f"the connection failed: {text}"
+    return OSError(
+        f"could not push to {repo_id!r}: {hint}. Nothing on this machine was changed; call `push_to_hub` again when "
+        "that is mended."
+    )

@@ -1,0 +1,98 @@
+"""The transformers pipeline for adapters."""
+
+from transformers.image_utils import load_image
+from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+
+from .data.transforms import decode_image, eval_transform
+from .modeling import CoOpModel
+
+
+__all__ = ["CoOpImageClassificationPipeline", "PIPELINE_TASK"]
+
+PIPELINE_TASK = "coop-image-classification"
+
+
+class _AdapterLoader:
+    """What `pipeline` loads a named adapter with."""
+
+    @classmethod
+    def from_pretrained(cls, name, config=None, **kwargs) -> CoOpModel:
+        # transformers hands over the base's configuration and the base's revision, which an adapter names by itself,
+        # and options that only its own classes know. The base's own precision is what dtype="auto" asks for.
+        known = ("cache_dir", "device_map", "dtype", "force_download", "local_files_only", "subfolder", "token")
+        return CoOpModel.from_pretrained(name, **{key: kwargs[key] for key in known if kwargs.get(key) is not None})
+
+
+class CoOpImageClassificationPipeline(Pipeline):
+    """Image classification with a learned prompt, as a transformers pipeline.
+
+    Registered as `"coop-image-classification"` when `coop_hf` is imported.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> from coop_hf import CoOpModel
+
+    >>> classifier = pipeline("coop-image-classification", model=CoOpModel.from_pretrained("path/to/adapter"))
+    >>> classifier(["one.jpg", "two.jpg"], top_k=3, batch_size=2)
+    ```
+
+    Takes an image or a list of them (`PIL.Image.Image`, path or URL) and gives for each a list of
+    `{"label": str, "score": float}`, best first; `top_k` (`int`, *optional*, defaults to 5) says how many.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, model, **kwargs):
+        if not isinstance(model, CoOpModel):
+            raise ValueError(
+                f"the {PIPELINE_TASK!r} pipeline runs on a CoOpModel, got {type(model).__name__}: pass "
+                "`model=CoOpModel.from_pretrained(...)`."
+            )
+        kwargs.setdefault("image_processor", model.image_processor)  # which also tells how to collate a batch
+        super().__init__(model=model, **kwargs)
+        self.model.eval()
+
+    def _sanitize_parameters(self, top_k=None, timeout=None, **unknown):
+        if unknown:
+            raise ValueError(
+                f"unknown argument {', '.join(map(repr, unknown))}: this pipeline knows `top_k` and `timeout`."
+            )
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"`top_k` must be a positive whole number, got {top_k!r}.")
+        return (
+            {} if timeout is None else {"timeout": timeout},
+            {},
+            {} if top_k is None else {"top_k": top_k},
+        )
+
+    def preprocess(self, image, timeout=None):
+        is_url = isinstance(image, str) and image.startswith(("http://", "https://"))
+        image = load_image(image, timeout=timeout) if is_url else decode_image(image)
+        return {"pixel_values": eval_transform(self.model.image_processor)(image)[None]}
+
+    def _forward(self, inputs):
+        return {"logits": self.model(pixel_values=inputs["pixel_values"]).logits}
+
+    def postprocess(self, outputs, top_k=5):
+        names = self.model.class_names
+        best = outputs["logits"][0].softmax(dim=-1).topk(min(top_k, len(names)))
+        return [{"label": names[c], "score": s} for s, c in zip(best.values.tolist(), best.indices.tolist())]
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Saves the adapters; see `CoOpModel.save_pretrained`."""
+        self.model.save_pretrained(save_directory, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(classes={len(self.model.class_names or [])}, device={self.device})"
+
+
+if PIPELINE_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+    PIPELINE_REGISTRY.register_pipeline(
+        PIPELINE_TASK, pipeline_class=CoOpImageClassificationPipeline, pt_model=_AdapterLoader, type="image"
+    )

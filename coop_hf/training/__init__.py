@@ -1,0 +1,1 @@
+"""The Trainer, its arguments, checkpoints, objectives and metrics."""
