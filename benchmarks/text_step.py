@@ -17,8 +17,8 @@ import torch
 from common import WordTokenizer, make_base, make_names, matmul_rate, peak_memory_bytes, report, timed
 
 from coop_hf.core.layout import make_layout
+from coop_hf.core.plain import plain_text_features
 from coop_hf.core.shared_prefix import SharedPrefixPass
-from coop_hf.core.text_tower import plain_text_features
 
 
 VARIANTS = [("end", False), ("middle", False), ("front", False), ("end", True)]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PrinterCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
-from coop_hf.core.text_tower import plain_text_features
+from coop_hf.core.plain import plain_text_features
 from coop_hf.training.arguments import paper_epochs
 
 

@@ -21,7 +21,7 @@ MOVED = {
     "saving": ["files.adapter_files", "atomic"],
     "shared_prefix": ["core.shared_prefix"],
     "sources": ["data.sources"],
-    "text_tower": ["core.text_tower"],
+    "text_tower": ["core.plain"],
     "trainer": ["training.trainer"],
     "training_args": ["training.arguments"],
     "transforms": ["data.transforms"],

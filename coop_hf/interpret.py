@@ -106,7 +106,7 @@ def nearest_tokens(model, top_k: int = 5, metric: str = "euclidean", adapter_nam
     if name not in model.adapters:
         raise ValueError(f"there is no adapter named {name!r}; this model has {', '.join(map(repr, model.adapters))}.")
     context, config = model.adapters[name].context, model.adapters[name].config
-    embedding = model.base_model.text_model.embeddings.token_embedding
+    embedding = model.family.token_embedding
     with align_module_device(embedding):
         distances, ids = nearest_rows(context.detach().flatten(0, -2), embedding.weight, top_k, metric)
     words = {token_id: readable_token(model.tokenizer, token_id) for token_id in set(ids.flatten().tolist())}

@@ -9,8 +9,8 @@ from reference import reference_features, relative_error
 
 from coop_hf.core import shared_prefix
 from coop_hf.core.layout import make_layout, tokenize_texts
+from coop_hf.core.plain import plain_text_features
 from coop_hf.core.shared_prefix import SharedPrefixPass
-from coop_hf.core.text_tower import plain_text_features
 
 
 POSITIONS = ["end", "middle", "front"]
@@ -96,7 +96,7 @@ def test_many_classes(base, tokenizer, class_specific, position):
     context = random_context(*([200] if class_specific else []), 4, 32)
     shared = check(base, tokenizer, names, context, position)
     check(base, tokenizer, names, context, position, chunk_size=64)
-    blocks = shared._get_blocks(range(200))
+    blocks = shared._part(range(200), shared.num_prefix)
     live = sum(len(row) - start for row, start in zip(shared.layout.tokens, shared.live_starts))
     assert blocks.tokens.numel() < 1.15 * live + 64, "packed, not padded"
 

@@ -3,8 +3,9 @@ import torch
 from conftest import make_base
 from reference import reference_features, relative_error
 
+from coop_hf.core.families import get_family
 from coop_hf.core.layout import make_layout, tokenize_texts
-from coop_hf.core.text_tower import check_base_model, plain_text_features, prompt_embeddings
+from coop_hf.core.plain import plain_text_features
 
 
 POSITIONS = ["end", "middle", "front"]
@@ -60,27 +61,6 @@ def test_finished_texts_equal_clip(request, tokenizer, which):
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-def test_prompt_embeddings(base, tokenizer):
-    text_model = base.text_model
-    context = random_context(2, 32)
-    tokens = torch.tensor([[5, -1, 7, -2], [-2, 5, 5, 7]])
-    embeddings = prompt_embeddings(text_model, tokens, context)
-    token, position = (
-        e.weight for e in (text_model.embeddings.token_embedding, text_model.embeddings.position_embedding)
-    )
-    expected = torch.stack([torch.stack([token[5], context[0], token[7], context[1]]) + position[:4]])
-    torch.testing.assert_close(embeddings[:1], expected)
-    torch.testing.assert_close(embeddings[1, 0], context[1] + position[0])
-    moved = prompt_embeddings(text_model, tokens, context, positions=torch.tensor([[3, 2, 1, 0]] * 2))
-    torch.testing.assert_close(moved[0, 1], context[0] + position[2])
-    specific = random_context(3, 2, 32)
-    rows = torch.tensor([[2, 2, 2, 0], [1, 1, 1, 1]])
-    chosen = prompt_embeddings(text_model, tokens, specific, class_index=rows)
-    torch.testing.assert_close(chosen[0, 1], specific[2, 0] + position[1])
-    torch.testing.assert_close(chosen[0, 3], specific[0, 1] + position[3])
-    torch.testing.assert_close(chosen[1, 0], specific[1, 1] + position[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_context_is_cast_where_it_enters(tokenizer, dtype):
     base = make_base(tokenizer).to(dtype)
@@ -92,7 +72,7 @@ def test_context_is_cast_where_it_enters(tokenizer, dtype):
 
 
 def test_only_clip_is_accepted(base):
-    check_base_model(base)
+    assert get_family(base).base_model is base
     for other in (base.text_model, None, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match=f"CLIPModel.*got {type(other).__name__}"):
-            check_base_model(other)
+            get_family(other)

@@ -1,18 +1,45 @@
-"""The learnable vectors: their shape, and where they start."""
+"""CoOp, Context Optimization: learnable vectors where a hand-written prompt has words.
+
+    [SOS] [V]1 ... [V]M [CLASS] . [EOS]
+
+https://arxiv.org/abs/2109.01134, section 3.2: M context vectors, one set for all classes (unified) or one for each
+(class-specific), learned by cross-entropy while every weight of the base stays as it is.
+"""
+
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..config import CoOpConfig
+from ..config import CoOpConfig, PromptConfig
+from ..core.families import Family
 from ..core.layout import encode_words
+from .base import Adapter, Prompts
 
 
-__all__ = ["CONTEXT_STD", "init_context", "num_context_tokens"]
+__all__ = ["CONTEXT_STD", "CoOp", "init_context", "num_context_tokens"]
 
 CONTEXT_STD = 0.02  # standard deviation of the random start, section 4.1 of the paper's code configuration
 
 
-def num_context_tokens(config: CoOpConfig, tokenizer) -> int:
+class CoOp(Adapter, method="coop"):
+    """The context vectors `context`: `(n_ctx, text_width)`, class-specific `(num_classes, n_ctx, text_width)`."""
+
+    def __init__(self, config: CoOpConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        num_classes = None if config.class_names is None else len(config.class_names)
+        self.context = nn.Parameter(init_context(config, family.token_embedding, tokenizer, num_classes))
+
+    @classmethod
+    def complete(cls, config: PromptConfig, family: Family, tokenizer: Any) -> dict[str, Any]:
+        assert isinstance(config, CoOpConfig)
+        return {"n_ctx": num_context_tokens(config, tokenizer)}
+
+    def prompts(self, image_embeds: Tensor | None = None, class_embeds: Tensor | None = None) -> Prompts:
+        return Prompts({0: self.context})
+
+
+def num_context_tokens(config: CoOpConfig, tokenizer: Any) -> int:
     """The number of context tokens M: `config.n_ctx`, or the BPE tokens of `config.ctx_init`.
 
     Raises:
@@ -20,7 +47,7 @@ def num_context_tokens(config: CoOpConfig, tokenizer) -> int:
     """
     if config.ctx_init is None:
         return config.n_ctx
-    count = len(encode_words(tokenizer, [config.ctx_init])[0])
+    count = len(_word_ids(config, tokenizer))
     if count == 0:
         raise ValueError(f"the tokenizer finds no token in ctx_init={config.ctx_init!r}: pass words, or None.")
     if config.n_ctx is not None and count > config.n_ctx:
@@ -32,8 +59,8 @@ def num_context_tokens(config: CoOpConfig, tokenizer) -> int:
 
 
 def init_context(
-    config: CoOpConfig, token_embedding: nn.Embedding, tokenizer, num_classes: int | None = None
-) -> torch.Tensor:
+    config: CoOpConfig, token_embedding: nn.Embedding, tokenizer: Any, num_classes: int | None = None
+) -> Tensor:
     """Context vectors at their start: N(0, 0.02²), or the token embeddings of words.
 
     Random numbers come from torch's global generator, on the CPU, so that a seed gives the same start on any device.
@@ -51,9 +78,14 @@ def init_context(
     shape = (num_classes, n_ctx, dim) if config.class_specific else (n_ctx, dim)
     context = torch.empty(shape, dtype=torch.float32).normal_(std=CONTEXT_STD)
     if config.ctx_init is not None:
-        ids = torch.tensor(encode_words(tokenizer, [config.ctx_init])[0])
+        ids = torch.tensor(_word_ids(config, tokenizer))
         with torch.no_grad():
             device = token_embedding.weight.device  # meta if offloaded: then its hook moves the ids
             words = token_embedding(ids if device.type == "meta" else ids.to(device))
         context[..., n_ctx - len(ids) :, :] = words.float().cpu()
     return context
+
+
+def _word_ids(config: CoOpConfig, tokenizer: Any) -> list[int]:
+    """Tokens of `ctx_init`, with underscores read as spaces, as in the public code."""
+    return encode_words(tokenizer, [str(config.ctx_init).replace("_", " ")])[0]

@@ -9,7 +9,7 @@ are candidates; L is computed exactly for each, and the best one stays if it is 
 The result is a text that works in any CLIP with the same tokenizer, pasted before the class name.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import align_module_device
@@ -18,9 +18,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_class_names, clean_class_name
 from ..config import CoOpConfig
-from ..core.layout import encode_words, make_layout, special_token_ids
-from ..core.shared_prefix import SharedPrefixPass
-from ..core.text_tower import plain_text_features
+from ..core.layout import encode_words, special_token_ids
 from ..interpret import nearest_rows
 from ..modeling import CoOpModel
 from .zero_shot import get_tokenizer
@@ -124,7 +122,7 @@ def _as_text(tokenizer, token_ids: list[int], layout, class_names: list[str]) ->
 def _check_examples(model, image_embeds, labels, class_names):
     image_embeds = torch.as_tensor(image_embeds).detach()
     labels = torch.as_tensor(labels).long()
-    dim = model.base_model.config.projection_dim
+    dim = model.family.projection_dim
     if image_embeds.ndim != 2 or image_embeds.shape[1] != dim or labels.shape != image_embeds.shape[:1]:
         raise ValueError(
             f"expected `image_embeds` (num_examples, {dim}) from `model.get_image_features` and as many labels, got "
@@ -132,7 +130,7 @@ def _check_examples(model, image_embeds, labels, class_names):
         )
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(f"labels must be class indices from 0 to {len(class_names) - 1}, and there must be some.")
-    device = model.base_model.text_model.embeddings.position_ids.device
+    device = model.device
     return F.normalize(image_embeds.float(), dim=-1).to(device), labels.to(device)
 
 
@@ -142,17 +140,15 @@ class _Search:
     def __init__(self, model, class_names, position, num_tokens, image_embeds, labels):
         self.class_names = check_class_names(class_names or model.class_names or [])
         self.image_embeds, self.labels = _check_examples(model, image_embeds, labels, self.class_names)
-        self.tokenizer, base = model.tokenizer, model.base_model
+        self.tokenizer, family = model.tokenizer, model.family
         config = CoOpConfig(n_ctx=num_tokens, class_token_position=position)
-        start = torch.zeros(num_tokens, base.text_model.embeddings.token_embedding.embedding_dim)
+        start = torch.zeros(num_tokens, family.token_embedding.embedding_dim)
         self.model = CoOpModel(
-            base, config, self.class_names, model.processor, text_pass=model.text_pass, context=start
+            model.base_model, config, self.class_names, model.processor, text_pass=model.text_pass, context=start
         )
-        positions = base.config.text_config.max_position_embeddings
-        self.layout = make_layout(self.tokenizer, self.class_names, num_tokens, position, positions)
-        with align_module_device(base.text_model.embeddings.token_embedding):
-            self.table = base.text_model.embeddings.token_embedding.weight.detach().float()
-        self._passes: dict[int, SharedPrefixPass] = {}
+        self.layout = self.model.adapter.class_prompts.layout
+        with align_module_device(family.token_embedding):
+            self.table = family.token_embedding.weight.detach().float()
 
     def rows(self, token_ids) -> torch.Tensor:
         return self.table[torch.as_tensor(token_ids, device=self.table.device)]
@@ -183,22 +179,8 @@ class _Search:
 
     def _features(self, candidates) -> torch.Tensor:
         """Class embeddings `(candidates, num_classes, projection_dim)`."""
-        number, num_classes, base = len(candidates), self.layout.num_classes, self.model.base_model
-        contexts = self.rows(candidates)
-        if number == 1 and self.model.text_pass == "shared":
-            if 1 not in self._passes:
-                self._passes[1] = SharedPrefixPass(base, self.layout)
-            return self._passes[1](contexts[0], _CLASSES_AT_A_TIME)[None]
-        # The prompts of all candidates are one long list of classes, each with the context of its candidate.
-        layout = replace(
-            self.layout, tokens=self.layout.tokens * number, name_lengths=self.layout.name_lengths * number
-        )
-        contexts = contexts.repeat_interleave(num_classes, dim=0)
-        if self.model.text_pass == "plain":
-            return plain_text_features(base, layout, contexts).unflatten(0, (number, num_classes))
-        if number not in self._passes:
-            self._passes[number] = SharedPrefixPass(base, layout, class_specific=True)
-        return self._passes[number](contexts, _CLASSES_AT_A_TIME).unflatten(0, (number, num_classes))
+        contexts, prompts = self.rows(candidates)[:, None], self.model.adapter.class_prompts
+        return prompts.features(contexts, self.model.text_pass, _CLASSES_AT_A_TIME)
 
     @torch.no_grad()
     def score(self, context: torch.Tensor) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ..atomic import write_atomically
 from ..checks import check_class_names, clean_class_name
 from ..core.layout import encode_words, fill_template
-from .zero_shot import get_base, get_tokenizer, mean_text_embeddings
+from .zero_shot import family_of, get_tokenizer, mean_text_embeddings
 
 
 __all__ = [
@@ -233,14 +233,14 @@ def cupl_class_embeddings(
     templates = [templates] if isinstance(templates, str) else list(templates)
     if template_weight and not templates:
         raise ValueError(f"`template_weight` is {template_weight}, but there are no `templates` to mix in.")
-    base, tokenizer = get_base(model), get_tokenizer(model, tokenizer)
+    family, tokenizer = family_of(model), get_tokenizer(model, tokenizer)
     sentences = prompts_of_classes(_check_prompts(prompts, "`prompts`"), class_names)
     if too_long == "error":
-        _check_lengths(tokenizer, class_names, sentences, base.config.text_config.max_position_embeddings)
-    means = mean_text_embeddings(base, tokenizer, sentences, batch_size, truncate=too_long == "truncate")
+        _check_lengths(tokenizer, class_names, sentences, family.max_positions)
+    means = mean_text_embeddings(model, tokenizer, sentences, batch_size, truncate=too_long == "truncate")
     if templates:
         by_template = [fill_template(template, class_names) for template in templates]
-        template_means = mean_text_embeddings(base, tokenizer, [list(own) for own in zip(*by_template)], batch_size)
+        template_means = mean_text_embeddings(model, tokenizer, [list(own) for own in zip(*by_template)], batch_size)
         weights = torch.tensor([len(templates) / (len(templates) + len(own)) for own in sentences])
         if template_weight is not None:
             weights = torch.full_like(weights, template_weight)

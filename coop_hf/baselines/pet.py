@@ -64,7 +64,7 @@ def teacher_logits(model: CoOpModel, prompts, image_embeds: torch.Tensor) -> tor
         raise ValueError(
             "`prompts` must be a list of templates, lists of templates or class embeddings; at least one."
         )
-    expected = (len(model.class_names or ()), model.base_model.config.projection_dim)
+    expected = (len(model.class_names or ()), model.family.projection_dim)
     logits = []
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, torch.Tensor):
@@ -213,8 +213,7 @@ def fit_pet(
     if seed is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            embedding = model.base_model.text_model.embeddings.token_embedding
-            start = init_context(model.config, embedding, model.tokenizer, num_classes)
+            start = init_context(model.config, model.family.token_embedding, model.tokenizer, num_classes)
         model.context.data.copy_(start)
     start = model.context.detach().clone()
 

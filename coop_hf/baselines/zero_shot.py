@@ -7,15 +7,15 @@ For class c with the texts t of its templates and the text tower g,
 as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4); one template makes it plain zero-shot CLIP.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
-from transformers import CLIPModel
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..checks import check_class_names
-from ..core.layout import PromptLayout, encode_words, fill_template, special_token_ids, tokenize_texts
-from ..core.shared_prefix import SharedPrefixPass
-from ..core.text_tower import check_base_model, plain_text_features
+from ..core.class_prompts import ClassPrompts
+from ..core.families import Family, get_family
+from ..core.layout import fill_template, tokenize_texts
 
 
 __all__ = [
@@ -84,11 +84,9 @@ IMAGENET_80_TEMPLATES = (
 )
 
 
-def get_base(model) -> CLIPModel:
-    """The CLIP model itself, of a `CoOpModel` or a `CLIPModel`."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    check_base_model(base)
-    return base
+def family_of(model: Any) -> Family:
+    """The family of the base model, of a `CoOpModel` or of the base model itself."""
+    return model.family if hasattr(model, "family") else get_family(model)
 
 
 def get_tokenizer(model, tokenizer):
@@ -103,20 +101,12 @@ def get_tokenizer(model, tokenizer):
     return tokenizer
 
 
-def _layout(tokenizer, texts: list[str], max_positions: int, truncate: bool) -> PromptLayout:
-    if not truncate:
-        return tokenize_texts(tokenizer, texts, max_positions)
-    sos, eos = special_token_ids(tokenizer)
-    rows = [[sos, *ids[: max_positions - 2], eos] for ids in encode_words(tokenizer, texts)]
-    return PromptLayout(rows, [len(row) - 2 for row in rows], 0, "end", eos)
-
-
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts: list[str], batch_size: int = 256, truncate: bool = False) -> torch.Tensor:
     """Embeddings of finished texts.
 
     Args:
-        model (`CoOpModel` or `CLIPModel`): whose text tower.
+        model (`CoOpModel` or `PreTrainedModel`): whose text tower.
         tokenizer (`PreTrainedTokenizerBase` or `CLIPProcessor`): the base's; `None` with a `CoOpModel` takes its own.
         texts (`list[str]`): any number; memory grows with `batch_size` alone.
         batch_size (`int`, *optional*, defaults to 256): texts that go through the tower at a time.
@@ -129,22 +119,21 @@ def encode_texts(model, tokenizer, texts: list[str], batch_size: int = 256, trun
     Raises:
         ValueError: no texts, or a text that has more tokens than the tower has positions; names it.
     """
-    base, tokenizer = get_base(model), get_tokenizer(model, tokenizer)
+    family, tokenizer = family_of(model), get_tokenizer(model, tokenizer)
     if isinstance(texts, str) or len(texts) == 0:
         raise ValueError(f"`texts` must be a list of at least one string, got {texts!r}.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
-    has_known_layers = all(isinstance(layer, CLIPEncoderLayer) for layer in base.text_model.encoder.layers)
-    max_positions = base.config.text_config.max_position_embeddings
+    base = family.base_model
     was_training = base.training
     base.eval()
     try:
         batches = []
         for start in range(0, len(texts), batch_size):
             # A layout of its own for each batch: what the fast pass keeps for later steps is of no use here.
-            layout = _layout(tokenizer, list(texts[start : start + batch_size]), max_positions, truncate)
-            features = SharedPrefixPass(base, layout)(None) if has_known_layers else plain_text_features(base, layout)
-            batches.append(F.normalize(features.float(), dim=-1))
+            batch = list(texts[start : start + batch_size])
+            layout = tokenize_texts(tokenizer, batch, family.max_positions, truncate)
+            batches.append(F.normalize(ClassPrompts(family, layout).features(None).float(), dim=-1))
     finally:
         base.train(was_training)
     return torch.cat(batches)
@@ -156,7 +145,7 @@ def mean_text_embeddings(
     """For each class the mean of the normalised embeddings of its texts, not normalised again.
 
     Args:
-        model (`CoOpModel` or `CLIPModel`): whose text tower.
+        model (`CoOpModel` or `PreTrainedModel`): whose text tower.
         tokenizer (`PreTrainedTokenizerBase` or `CLIPProcessor`): the base's; `None` with a `CoOpModel` takes its own.
         texts (`list[list[str]]`): for each class its texts, at least one; classes may have different numbers.
         batch_size (`int`, *optional*, defaults to 256): texts that go through the tower at a time.
@@ -184,7 +173,7 @@ def class_embeddings(model, tokenizer, class_names: list[str], templates, batch_
     """Class embeddings from hand-written templates, averaged as CLIP does.
 
     Args:
-        model (`CoOpModel` or `CLIPModel`): whose text tower; nothing in it is changed.
+        model (`CoOpModel` or `PreTrainedModel`): whose text tower; nothing in it is changed.
         tokenizer (`PreTrainedTokenizerBase` or `CLIPProcessor`): the base's; `None` with a `CoOpModel` takes its own.
         class_names (`list[str]`): class names; underscores become spaces.
         templates (`str` or `list[str]`): templates with `{}` once in each, such as `HAND_TEMPLATES["OxfordPets"]` or
@@ -223,27 +212,26 @@ def zero_shot_logits(
     """Scores images against class embeddings, wherever these come from.
 
     Args:
-        model (`CoOpModel` or `CLIPModel`): gives the logit scale and, for `pixel_values`, the image tower.
+        model (`CoOpModel` or `PreTrainedModel`): gives the logit scale and, for `pixel_values`, the image tower.
         class_embeds (`torch.Tensor`): `(num_classes, projection_dim)`, as from [`class_embeddings`].
         pixel_values (`torch.Tensor`, *optional*): `(batch, 3, height, width)`, as the image processor gives them.
         image_embeds (`torch.Tensor`, *optional*): `(batch, projection_dim)`, cached image features, normalised or not;
             instead of `pixel_values`.
 
     Returns:
-        `torch.Tensor` `(batch, num_classes)`, fp32: exp(logit_scale) times the cosine.
+        `torch.Tensor` `(batch, num_classes)`, fp32: the scaled cosine, plus the bias if the base has one.
     """
-    base = get_base(model)
+    family = family_of(model)
     if (pixel_values is None) == (image_embeds is None):
         given = "neither" if pixel_values is None else "both"
         raise ValueError(f"pass either `pixel_values` or `image_embeds`; got {given}.")
-    if image_embeds is None:
-        weight = base.vision_model.embeddings.patch_embedding.weight
-        image_embeds = base.get_image_features(pixel_values=pixel_values.to(base.device, weight.dtype)).pooler_output
+    if pixel_values is not None:
+        image_embeds = family.image_features(pixel_values)
     if image_embeds.shape[-1] != class_embeds.shape[-1]:
         raise ValueError(
             f"the image features have {image_embeds.shape[-1]} dimensions and the class embeddings "
             f"{class_embeds.shape[-1]}: both must come from the same model's projections."
         )
     image_embeds = F.normalize(image_embeds.to(class_embeds.device).float(), dim=-1)
-    scale = base.logit_scale.to(class_embeds.device).float().exp()
-    return scale * image_embeds @ F.normalize(class_embeds.float(), dim=-1).T
+    logits = family.logit_scale.to(class_embeds.device) * image_embeds @ F.normalize(class_embeds.float(), dim=-1).T
+    return logits if family.logit_bias is None else logits + family.logit_bias.to(logits.device)

@@ -8,16 +8,20 @@ A prompt is a row of pieces. Which token stands before which is all that this fi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import check_class_names, clean_class_name
 
 
-__all__ = ["PromptLayout", "encode_words", "fill_template", "make_layout", "tokenize_texts"]
+__all__ = ["PromptLayout", "encode_after", "encode_words", "fill_template", "make_layout", "special_token_ids"]
+__all__ += ["tokenize_texts"]
 
 # Marks a context slot in `PromptLayout.tokens`: slot k of the context is -1 - k. Token ids are never negative.
 _SLOT = -1
+_ANCHOR = "a"  # a word that any tokenizer knows, to see how a text is encoded that stands behind another
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class PromptLayout:
     Attributes:
         tokens (`list[list[int]]`): for each class the prompt from SOS to EOS, without padding. A value of 0 or more
             is a token id; -1 - k is context slot k.
-        name_lengths (`list[int]`): for each class the number of BPE tokens of its name. At the end, where the name
+        name_lengths (`list[int]`): for each class the number of tokens of its name. At the end, where the name
             and its full stop are one piece of text, a token that covers both counts as the name's.
         n_ctx (`int`): number of context slots.
         class_token_position (`str`): `"end"`, `"middle"` or `"front"`.
-        eos_token_id (`int`): id of EOS, also used for padding.
+        eos_token_id (`int`): id of EOS.
+        pad_token_id (`int`, *optional*, defaults to that of EOS): id of the padding.
+        pads_left (`bool`, *optional*, defaults to `False`): whether the tokenizer pads in front.
     """
 
     tokens: list[list[int]]
@@ -39,43 +45,67 @@ class PromptLayout:
     n_ctx: int
     class_token_position: str
     eos_token_id: int
+    pad_token_id: int | None = None
+    pads_left: bool = False
 
     @property
     def num_classes(self) -> int:
+        """How many prompts there are."""
         return len(self.tokens)
 
     @property
     def max_length(self) -> int:
+        """Tokens of the longest prompt."""
         return max(map(len, self.tokens))
 
     @property
     def num_shared_slots(self) -> int:
         """How many context slots stand before every class name: M at the end, ⌊M/2⌋ in the middle, 0 in front."""
-        return {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[self.class_token_position]
+        return split_context(self.class_token_position, self.n_ctx)
 
-    def padded(self, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(self, length: int | None = None, classes: range | None = None) -> tuple[Tensor, Tensor]:
         """The prompts as one rectangle.
 
         Args:
             length (`int`, *optional*, defaults to the longest prompt): number of columns.
+            classes (`range`, *optional*, defaults to all): which prompts.
 
         Returns:
-            tokens `(num_classes, length)`, int64, as in `tokens` and EOS behind the first EOS; and the position of
-            the first EOS `(num_classes,)`, int64.
+            tokens `(num_classes, length)`, int64, as in `tokens` and padding behind (or before) them; and the position
+            of EOS `(num_classes,)`, int64.
         """
         length = length or self.max_length
-        rows = [row + [self.eos_token_id] * (length - len(row)) for row in self.tokens]
-        return torch.tensor(rows), torch.tensor([len(row) - 1 for row in self.tokens])
+        pad = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+        own = self.tokens if classes is None else [self.tokens[c] for c in classes]
+        if self.pads_left:
+            return torch.tensor([[pad] * (length - len(row)) + row for row in own]), torch.full(
+                (len(own),), length - 1
+            )
+        rows = [row + [pad] * (length - len(row)) for row in own]
+        return torch.tensor(rows), torch.tensor([len(row) - 1 for row in own])
 
 
-def encode_words(tokenizer, texts: list[str]) -> list[list[int]]:
-    """BPE token ids of each text, without SOS and EOS.
+def split_context(class_token_position: str, n_ctx: int) -> int:
+    """How many of `n_ctx` context tokens stand before the class name: all at the end, ⌊M/2⌋ in the middle, none in
+    front."""
+    return {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[class_token_position]
+
+
+def encode_words(tokenizer: Any, texts: list[str], before: str = "") -> list[list[int]]:
+    """Token ids of each text, without SOS and EOS.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the base model's tokenizer.
+        texts (`list[str]`): the texts.
+        before (`str`, *optional*, defaults to nothing): what each text is encoded behind.
 
     Raises:
         ValueError: a text contains one of the tokenizer's special tokens.
     """
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
+    encoded = tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+    # A word that the vocabulary lacks is not a special token that somebody wrote.
+    special = set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
+    special.add(getattr(tokenizer, "eos_token_id", None))
     for text, ids in zip(texts, encoded):
         if not special.isdisjoint(ids):
             names = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(special & set(ids)))
@@ -83,18 +113,52 @@ def encode_words(tokenizer, texts: list[str]) -> list[list[int]]:
     return encoded
 
 
-def special_token_ids(tokenizer) -> tuple[int, int]:
-    """(SOS id, EOS id), read off what the tokenizer puts round an empty text."""
-    ids = tokenizer("")["input_ids"]
-    if len(ids) < 2:
+def encode_after(tokenizer: Any, texts: list[str], space: str = " ") -> list[list[int]]:
+    """Token ids of each text as it is encoded behind another word, with `space` between them.
+
+    CLIP's tokenizer knows no difference; those that write a space into the token that follows it do.
+    """
+    word = encode_words(tokenizer, [_ANCHOR])[0]
+    encoded = encode_words(tokenizer, texts, _ANCHOR + space)
+    if any(ids[: len(word)] != word for ids in encoded):
+        return encode_words(tokenizer, texts)
+    return [ids[len(word) :] for ids in encoded]
+
+
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and behind a text: SOS and EOS, CLS and SEP, or EOS alone."""
+    ids = list(tokenizer("")["input_ids"])
+    if not ids:
         raise ValueError(
-            f"{type(tokenizer).__name__} puts {len(ids)} tokens round a text; a CLIP tokenizer puts SOS and EOS."
+            f"{type(tokenizer).__name__} puts 0 tokens round a text; a CLIP-like model's tokenizer ends it with EOS."
         )
-    return ids[0], ids[1]
+    return (ids[:1], ids[1:]) if len(ids) > 1 else ([], ids)
+
+
+def special_token_ids(tokenizer: Any) -> tuple[int, int]:
+    """(SOS id, EOS id) of a tokenizer that puts one token before and behind a text, as CLIP's does."""
+    before, behind = frame(tokenizer)
+    if len(before) != 1 or len(behind) != 1:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not put SOS and EOS round a text, as CLIP's tokenizer does."
+        )
+    return before[0], behind[0]
+
+
+def _padding(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
+        "pads_left": getattr(tokenizer, "padding_side", "right") == "left",
+    }
 
 
 def make_layout(
-    tokenizer, class_names, n_ctx: int, class_token_position: str = "end", max_positions: int = 77
+    tokenizer: Any,
+    class_names: list[str],
+    n_ctx: int,
+    class_token_position: str = "end",
+    max_positions: int = 77,
+    fixed_words: str | None = None,
 ) -> PromptLayout:
     """Lays out the prompts of a list of classes.
 
@@ -108,29 +172,34 @@ def make_layout(
         n_ctx (`int`): number of context tokens M.
         class_token_position (`str`, *optional*, defaults to `"end"`): `"end"`, `"middle"` or `"front"`.
         max_positions (`int`, *optional*, defaults to 77): positions of the text tower.
+        fixed_words (`str`, *optional*): words that stand unchanged behind the context tokens before the class name, as
+            "of a" does in MaPLe's code.
 
     Raises:
         ValueError: a class name that the tokenizer turns into nothing, two names with the same tokens, or a prompt
             with more than `max_positions` tokens; names the classes, and says by how many tokens they are too long.
     """
     class_names = check_class_names(class_names)
-    sos, eos = special_token_ids(tokenizer)
+    before, behind = frame(tokenizer)
     slots = [_SLOT - k for k in range(n_ctx)]
+    first = split_context(class_token_position, n_ctx)
+    words = encode_after(tokenizer, [fixed_words])[0] if fixed_words else []
     cleaned = [clean_class_name(name) for name in class_names]
-    period = encode_words(tokenizer, ["."])[0]
-    sentences = encode_words(tokenizer, [name + "." for name in cleaned])
+    encode_name = encode_after if first else encode_words
+    period = encode_after(tokenizer, ["."], space="")[0]
+    sentences = encode_name(tokenizer, [name + "." for name in cleaned])
     rows, name_lengths, too_long = [], [], []
-    for name, name_ids, sentence in zip(class_names, encode_words(tokenizer, cleaned), sentences):
+    for name, name_ids, sentence in zip(class_names, encode_name(tokenizer, cleaned), sentences):
         if not name_ids:
             raise ValueError(f"the tokenizer finds no token in the class name {name!r}: give the class another name.")
         if class_token_position == "end":
-            body = slots + sentence
-            name_lengths.append(len(sentence) - len(period) if sentence[-len(period) :] == period else len(sentence))
+            body = [*slots, *words, *sentence]
+            ends_apart = period and sentence[-len(period) :] == period
+            name_lengths.append(len(sentence) - len(period) if ends_apart else len(sentence))
         else:
-            first = n_ctx // 2 if class_token_position == "middle" else 0
-            body = slots[:first] + name_ids + slots[first:] + period
+            body = [*slots[:first], *words, *name_ids, *slots[first:], *period]
             name_lengths.append(len(name_ids))
-        rows.append([sos, *body, eos])
+        rows.append([*before, *body, *behind])
         if len(rows[-1]) > max_positions:
             too_long.append((name, len(rows[-1]) - max_positions))
     if too_long:
@@ -150,29 +219,36 @@ def make_layout(
                 f"the class names {other!r} and {name!r} have the same tokens (the tokenizer ignores case, or knows "
                 "no difference), so they cannot be told apart. Merge them or give them different names."
             )
-    return PromptLayout(rows, name_lengths, n_ctx, class_token_position, eos)
+    return PromptLayout(rows, name_lengths, n_ctx, class_token_position, behind[-1], **_padding(tokenizer))
 
 
-def fill_template(template: str, class_names) -> list[str]:
+def fill_template(template: str, class_names: list[str]) -> list[str]:
     """Puts each class name, underscores as spaces, into `{}` of a hand-written template."""
     if template.count("{}") != 1:
         raise ValueError(f"a template must contain `{{}}` exactly once, got {template!r}.")
     return [template.replace("{}", clean_class_name(name)) for name in class_names]
 
 
-def tokenize_texts(tokenizer, texts: list[str], max_positions: int = 77) -> PromptLayout:
+def tokenize_texts(tokenizer: Any, texts: list[str], max_positions: int = 77, truncate: bool = False) -> PromptLayout:
     """Lays out finished texts, such as filled templates: a layout without context slots.
 
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the base model's tokenizer.
+        texts (`list[str]`): the texts.
+        max_positions (`int`, *optional*, defaults to 77): positions of the text tower.
+        truncate (`bool`, *optional*, defaults to `False`): cut what is too long instead of raising.
+
     Raises:
-        ValueError: a text with more than `max_positions` tokens; names it. Nothing is cut off silently.
+        ValueError: a text with more than `max_positions` tokens; names it.
     """
-    sos, eos = special_token_ids(tokenizer)
+    before, behind = frame(tokenizer)
+    room = max_positions - len(before) - len(behind)
     rows = []
     for text, ids in zip(texts, encode_words(tokenizer, list(texts))):
-        rows.append([sos, *ids, eos])
-        if len(rows[-1]) > max_positions:
+        if len(ids) > room and not truncate:
             raise ValueError(
-                f"the text {text!r} has {len(rows[-1])} tokens with SOS and EOS, and the text tower has "
-                f"{max_positions} positions: shorten it by {len(rows[-1]) - max_positions}."
+                f"the text {text!r} has {len(ids) + max_positions - room} tokens with SOS and EOS, and the text tower "
+                f"has {max_positions} positions: shorten it by {len(ids) - room}."
             )
-    return PromptLayout(rows, [len(row) - 2 for row in rows], 0, "end", eos)
+        rows.append([*before, *ids[:room], *behind])
+    return PromptLayout(rows, [len(row) - 2 for row in rows], 0, "end", behind[-1], **_padding(tokenizer))

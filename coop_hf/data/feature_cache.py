@@ -122,7 +122,7 @@ def _tower_key(model, images) -> str:
     """Identity of what turns an image into an embedding: image tower, projection, preprocessing and precision."""
     digest = hashlib.blake2b(digest_size=16)
     base = model.get_base_model()
-    for module in (base.vision_model, base.visual_projection):
+    for module in model.family.vision_modules:
         for name, tensor in sorted(module.state_dict().items()):
             tensor = tensor.detach().contiguous().cpu()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -177,7 +177,7 @@ def embed_images(
     """
     views = [None] if num_views is None else list(range(num_views))
     folder = os.path.join(cache_dir or default_cache_dir(), "features", _tower_key(model, images))
-    dim = model.get_base_model().config.projection_dim
+    dim = model.family.projection_dim
     contents = [images.content_key(item) for item in range(len(images))]
     pairs = [(view, item) for view in views for item in range(len(images))]
     ids = [

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapters import Adapter
+
 
 __all__ = ["ImageClassifier", "as_image_classifier", "export_onnx"]
 
@@ -18,27 +20,40 @@ class ImageClassifier(nn.Module):
     parts are copies; nothing it is used for reaches the model that it was made from.
 
     Args:
-        vision_model, visual_projection (`nn.Module`): of a CLIP model.
+        family (`Family`): the base model; its image tower is copied.
         class_embeddings (`torch.Tensor`): `(num_classes, projection_dim)`; normalised here.
-        logit_scale (`torch.Tensor`): scalar, exp(logit_scale) of the model.
         class_names (`list[str]`): the classes, in the order of the logits.
+        adapter (`Adapter`, *optional*): gives visual prompts and its own way of scoring; copied.
     """
 
-    def __init__(self, vision_model, visual_projection, class_embeddings, logit_scale, class_names):
+    def __init__(self, family, class_embeddings, class_names, adapter=None):
         super().__init__()
-        self.vision_model = vision_model
-        self.visual_projection = visual_projection
+        base = family.base_model
+        self.vision_model = copy.deepcopy(base.vision_model)
+        self.visual_projection = copy.deepcopy(getattr(base, "visual_projection", None))
         self.class_names = list(class_names)
         self.register_buffer("class_embeddings", F.normalize(class_embeddings.detach().float(), dim=-1))
-        self.register_buffer("logit_scale", logit_scale.detach().float().clone())
+        self.register_buffer("logit_scale", family.logit_scale.detach().clone())
+        bias = family.logit_bias
+        self.register_buffer("logit_bias", None if bias is None else bias.detach().clone())
+        prompts = adapter.prompts().vision if adapter is not None and adapter.prompts_image_tower else {}
+        self.visual_prompts = nn.ParameterDict(
+            {str(layer): value.detach().clone() for layer, value in prompts.items()}
+        )
+        self._family = type(family)  # runs on any module with the same image tower
+        own = type(adapter).cosines if adapter is not None else Adapter.cosines
+        self.head = copy.deepcopy(adapter) if own is not Adapter.cosines else None
+        self.is_sigmoid = family.is_sigmoid
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, **image_inputs: torch.Tensor) -> torch.Tensor:
         """Logits `(batch, num_classes)`, fp32, of images `(batch, 3, height, width)` as the image processor gives
-        them; their softmax are the scores of `CoOpModel.predict`."""
-        pixel_values = pixel_values.to(self.vision_model.embeddings.patch_embedding.weight.dtype)
-        image_embeds = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
+        them; their softmax (on SigLIP their sigmoid) are the scores of `CoOpModel.predict`."""
+        prompts = {int(layer): value for layer, value in self.visual_prompts.items()}
+        image_embeds = self._family(self).run_image_tower(pixel_values, prompts, **image_inputs)
         image_embeds = F.normalize(image_embeds.float(), dim=-1)
-        return self.logit_scale.float() * image_embeds @ self.class_embeddings.float().T
+        score = Adapter.cosines if self.head is None else type(self.head).cosines
+        logits = self.logit_scale.float() * score(self.head, image_embeds, self.class_embeddings.float())
+        return logits if self.logit_bias is None else logits + self.logit_bias.float()
 
 
 @torch.no_grad()
@@ -50,15 +65,17 @@ def as_image_classifier(model) -> ImageClassifier:
 
     Returns:
         `ImageClassifier`, in evaluation mode, without gradients, on the base's device.
+
+    Raises:
+        ValueError: the adapter computes class embeddings for each image, so they cannot be fixed.
     """
-    base = model.base_model
-    classifier = ImageClassifier(
-        copy.deepcopy(base.vision_model),
-        copy.deepcopy(base.visual_projection),
-        model.get_text_features(),
-        model.logit_scale,
-        model.class_names,
-    )
+    adapter = None if model.is_disabled else model.adapter
+    if adapter is not None and adapter.reads_image:
+        raise ValueError(
+            f"the method {adapter.method!r} computes class embeddings for each image, and an exported classifier has "
+            "fixed ones: use `CoOpModel.predict`, or learn a method that does not read the image."
+        )
+    classifier = ImageClassifier(model.family, model.get_text_features(), model.class_names, adapter)
     return classifier.eval().requires_grad_(False)
 
 

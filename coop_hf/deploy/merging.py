@@ -131,7 +131,7 @@ def _copy_with_rows(base: CLIPModel, ids: list[int], vectors: torch.Tensor) -> C
 
 def _check_tokens(tokenizer, model, template: str, labels: list[str], ids: list[int]) -> None:
     """Raises unless the new tokenizer turns each prompt into the tokens that the adapter was learned on."""
-    layout = model.adapters[model.active_adapter].prompts.layout
+    layout = model.adapter.class_prompts.layout
     n_ctx = layout.n_ctx
     encoded = tokenizer([template.format(label) for label in labels])["input_ids"]
     for c, (row, found) in enumerate(zip(layout.tokens, encoded)):

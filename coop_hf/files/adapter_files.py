@@ -19,7 +19,7 @@ _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 1 << 16  # one tensor and a line of metadata
 
 
-def write_adapter(save_directory: str | os.PathLike, config: CoOpConfig, context: torch.Tensor) -> None:
+def write_adapter(save_directory: str | os.PathLike, config, tensors: dict[str, torch.Tensor]) -> None:
     """Writes one adapter into a folder, which is made if missing. Each file appears whole or not at all.
 
     Args:
@@ -31,18 +31,18 @@ def write_adapter(save_directory: str | os.PathLike, config: CoOpConfig, context
     Raises:
         ValueError: the context holds NaN or infinity.
     """
-    context = context.detach().to("cpu", torch.float32).contiguous()
-    if not torch.isfinite(context).all():
+    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise ValueError("the context holds NaN or infinite values and is not saved: training has diverged.")
     os.makedirs(save_directory, exist_ok=True)
     with write_atomically(os.path.join(save_directory, ADAPTER_WEIGHTS_NAME)) as path:
-        save_tensors({WEIGHTS_KEY: context}, path, metadata={"format": "pt"})
+        save_tensors(tensors, path, metadata={"format": "pt"})
     with write_atomically(os.path.join(save_directory, ADAPTER_CONFIG_NAME)) as path:
         with open(path, "w", encoding="utf-8") as file:
             file.write(config.to_json())
 
 
-def read_adapter(name_or_path: str | os.PathLike, **kwargs) -> tuple[CoOpConfig, torch.Tensor]:
+def read_adapter(name_or_path: str | os.PathLike, **kwargs) -> tuple[CoOpConfig, dict[str, torch.Tensor]]:
     """Reads one adapter from a local folder, the cache or the Hub.
 
     The file may come from a stranger: header, key, dtype, shape and size are checked before any value is read.
@@ -64,7 +64,7 @@ def read_adapter(name_or_path: str | os.PathLike, **kwargs) -> tuple[CoOpConfig,
         raise ValueError(
             f"the {ADAPTER_CONFIG_NAME} of {os.fspath(name_or_path)!r} is class-specific but names no classes."
         )
-    return config, _read_context(find_file(name_or_path, ADAPTER_WEIGHTS_NAME, **kwargs), config)
+    return config, {WEIGHTS_KEY: _read_context(find_file(name_or_path, ADAPTER_WEIGHTS_NAME, **kwargs), config)}
 
 
 def _read_context(path: str, config: CoOpConfig) -> torch.Tensor:

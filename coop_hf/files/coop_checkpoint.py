@@ -270,7 +270,7 @@ def from_coop_checkpoint(
             model = CoOpModel.from_pretrained(base_model, config, processor=processor, **kwargs)
         else:
             model = CoOpModel(base_model, config, processor=processor, **kwargs)
-    embedding = model.base_model.text_model.embeddings.token_embedding.weight.detach()
+    embedding = model.family.token_embedding.weight.detach()
     if embedding.shape[1] != context.shape[-1]:
         raise ValueError(
             f"the context's vectors have {context.shape[-1]} dimensions, and the base's token embeddings have "

@@ -291,7 +291,8 @@ class CoOpTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        write_adapter(os.path.join(output_dir, self._subfolder or ""), self.model.config, self.model.context)
+        folder = os.path.join(output_dir, self._subfolder or "")
+        write_adapter(folder, self.model.config, self.model.adapter.learned_state())
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
 
@@ -450,7 +451,7 @@ class CoOpTrainer(Trainer):
         """Nothing to restore: order and views are functions of seed, epoch and row, and a step draws no number."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        config, context = read_adapter(resume_from_checkpoint, subfolder=self._subfolder)
+        config, tensors = read_adapter(resume_from_checkpoint, subfolder=self._subfolder)
         own = self.model.config
         for name in ("n_ctx", "class_token_position", "class_specific", "class_names"):
             if getattr(config, name) != getattr(own, name):
@@ -458,6 +459,7 @@ class CoOpTrainer(Trainer):
                     f"the checkpoint {resume_from_checkpoint} was made with {name}={_short(getattr(config, name))}, "
                     f"and the model has {name}={_short(getattr(own, name))}: resume with the same configuration."
                 )
+        context = tensors["prompt_embeddings"]
         if context.shape != self.model.context.shape:
             raise ValueError(
                 f"the context in {resume_from_checkpoint} has the shape {tuple(context.shape)}, and the model's has "
@@ -621,7 +623,7 @@ class _Padded(Dataset):
 
 def _embedding_size(model: CoOpModel) -> float:
     """Root mean square of the base's token embeddings."""
-    embedding = model.get_base_model().text_model.embeddings.token_embedding
+    embedding = model.family.token_embedding
     with torch.no_grad(), align_module_device(embedding):
         return embedding.weight.float().pow(2).mean().sqrt().item()
 

@@ -1,0 +1,398 @@
+"""Several adapters on one base model, under PEFT's names: add, load, activate, disable, give classes, count, save."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_class_names, clean_class_name
+from ..config import CoOpConfig, PromptConfig
+from ..core.class_prompts import ClassPrompts
+from ..core.families import Family
+from ..files.adapter_files import read_adapter, write_adapter
+from ..files.model_card import write_card
+from .base import Adapter, get_adapter_class
+
+
+__all__ = ["AdapterModel"]
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterModel(nn.Module):
+    """A frozen base model with adapters; what [`CoOpModel`] is built on.
+
+    Attributes:
+        base_model (`PreTrainedModel`): the base, as it was given.
+        family (`Family`): what is known about it.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): its processor, or its tokenizer alone.
+        adapters (`nn.ModuleDict`): adapters by name.
+    """
+
+    base_model: Any
+    family: Family
+    processor: Any
+
+    def __init__(self, base_model: Any, family: Family, processor: Any):
+        super().__init__()
+        self.base_model = base_model.eval().requires_grad_(False)
+        self.family = family
+        self.processor = processor
+        self.adapters = nn.ModuleDict()
+        self._active = "default"
+        self._disabled = False
+
+    @property
+    def adapter(self) -> Adapter:
+        """The active adapter."""
+        return self.adapters[self._active]  # type: ignore[return-value]
+
+    @property
+    def context(self) -> nn.Parameter:
+        """The active adapter's context vectors: `(n_ctx, dim)`, class-specific `(num_classes, n_ctx, dim)`; fp32.
+
+        Raises:
+            ValueError: its method has none.
+        """
+        if not isinstance(getattr(self.adapter, "context", None), nn.Parameter):
+            raise ValueError(f"an adapter of the method {self.adapter.method!r} has no context vectors.")
+        return self.adapter.context  # type: ignore[return-value]
+
+    @property
+    def config(self) -> Any:
+        """The active adapter's configuration."""
+        return self.adapter.config
+
+    def learned_parameters(self) -> dict[str, nn.Parameter]:
+        """What requires gradients in the active adapter, by name."""
+        return self.adapter.learned_parameters()
+
+    # ------------------------------------------------------------------ adapters, under PEFT's names
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PromptConfig | None = None,
+        class_names: list[str] | None = None,
+        context: Tensor | None = None,
+    ) -> None:
+        """Adds an adapter beside the others, without activating it.
+
+        Args:
+            adapter_name (`str`): a new name.
+            config (`PromptConfig`, *optional*, defaults to `CoOpConfig()`): which method and how; it is copied.
+            class_names (`list[str]`, *optional*, defaults to `config.class_names`): its classes.
+            context (`torch.Tensor`, *optional*): `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`, vectors to start from
+                instead of those that `config` describes.
+
+        Raises:
+            ValueError: a name that is taken or unfit, classes that don't fit, or a context of another shape.
+        """
+        self._add(adapter_name, config, class_names, None if context is None else {"prompt_embeddings": context})
+
+    def _add(
+        self,
+        adapter_name: str,
+        config: PromptConfig | None,
+        class_names: list[str] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+        is_trainable: bool = True,
+    ) -> None:
+        _check_new_name(adapter_name, self.adapters)
+        if config is not None and not isinstance(config, PromptConfig):
+            raise TypeError(
+                f"`config` must be a CoOpConfig or the configuration of another method, got {type(config).__name__}: "
+                f"{str(config)[:80]}."
+            )
+        config = config or CoOpConfig()
+        adapter_class = get_adapter_class(config.method)
+        config = self._complete(config, config.class_names if class_names is None else class_names)
+        if tensors is None:
+            adapter = adapter_class(config, self.family, self.tokenizer)
+        else:
+            with torch.random.fork_rng(devices=[]):  # the start that is drawn here is not used
+                adapter = adapter_class(config, self.family, self.tokenizer)
+            adapter.load_learned_state(tensors)
+        adapter.is_trainable = is_trainable
+        if config.class_names is not None:
+            adapter.class_prompts = self._make_prompts(adapter, config.class_names)
+        self.adapters[adapter_name] = adapter.to(self.device)
+        self._set_trainable()
+
+    def load_adapter(
+        self,
+        name_or_path: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        class_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Loads a saved adapter beside the others, without activating it.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): folder or Hub id.
+            adapter_name (`str`): a new name.
+            is_trainable (`bool`, *optional*, defaults to `False`): whether it may learn on.
+            class_names (`list[str]`, *optional*): other classes than those it was learned on.
+            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            ValueError: the adapter is damaged, or was made for a base of another width.
+        """
+        _check_new_name(adapter_name, self.adapters)
+        config, tensors = read_adapter(name_or_path, **kwargs)
+        own, other = self.base_model.config._name_or_path, config.base_model_name_or_path
+        if own and other and own != other:
+            logger.warning(
+                "The adapter %s was learned on %s, and the base here is %s. On other weights its scores mean little.",
+                os.fspath(name_or_path),
+                other,
+                own,
+            )
+        self._add(adapter_name, config, tensors=tensors, is_trainable=is_trainable)
+        if class_names is not None:
+            try:
+                self.set_class_names(class_names, adapter_name)
+            except ValueError:
+                del self.adapters[adapter_name]
+                raise
+
+    def _complete(self, config: PromptConfig, class_names: list[str] | None) -> PromptConfig:
+        """Fills in what only the model knows, and checks that the classes fit the kind of context."""
+        if class_names is None and getattr(config, "class_specific", False):
+            raise ValueError(
+                "a class-specific context has one set of vectors for each class: pass `class_names` when it is made."
+            )
+        base = self.base_model
+        own = get_adapter_class(config.method).complete(config, self.family, self.tokenizer)
+        return replace(
+            config,
+            class_names=None if class_names is None else check_class_names(class_names),
+            base_model_name_or_path=config.base_model_name_or_path or base.config._name_or_path or None,
+            **own,
+        )
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise ValueError(
+                f"there is no adapter named {name!r}; this model has {', '.join(map(repr, self.adapters))}."
+            )
+        return self.adapters[name]  # type: ignore[return-value]
+
+    def _set_trainable(self) -> None:
+        for name, adapter in self.adapters.items():
+            adapter.set_trainable(name == self._active and adapter.is_trainable)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Makes an adapter the active one: the one that scores, and the only one that learns."""
+        self._known(adapter_name)
+        self._active = adapter_name
+        self._set_trainable()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter. If it was active, the first of the others becomes active; the last cannot be removed."""
+        self._known(adapter_name)
+        if len(self.adapters) == 1:
+            raise ValueError(f"{adapter_name!r} is the only adapter; use `get_base_model()` for CLIP without one.")
+        del self.adapters[adapter_name]
+        if self._active == adapter_name:
+            self.set_adapter(next(iter(self.adapters)))
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the active adapter."""
+        return self._active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; always one."""
+        return [self._active]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator["AdapterModel"]:
+        """Inside this context the model is the zero-shot base with the active adapter's hand-written template."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield self
+        finally:
+            self._disabled = before
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the model is inside `disable_adapter()`."""
+        return self._disabled
+
+    def get_base_model(self) -> Any:
+        """The base model, as it was given."""
+        return self.base_model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(number of values that learn, number of all values)."""
+        counts = [(p.numel() * p.requires_grad, p.numel()) for p in self.parameters()]
+        return sum(c[0] for c in counts), sum(c[1] for c in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many values learn, in PEFT's form."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        selected_adapters: list[str] | None = None,
+        training: dict[str, Any] | None = None,
+    ) -> None:
+        """Saves adapters: `default` into the folder itself, others into a subfolder of their name. Never the base.
+
+        A model card, `README.md`, is written beside them; what a person changed in an earlier one stays.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder; made if missing.
+            selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+            training (`dict`, *optional*): what the card says of the training, see
+                `coop_hf.files.model_card.make_card`.
+        """
+        selected = self.save_adapters(save_directory, selected_adapters)
+        if selected:
+            write_card(save_directory, self, training=training, selected_adapters=selected)
+
+    def save_adapters(
+        self, save_directory: str | os.PathLike, selected_adapters: list[str] | None = None
+    ) -> list[str]:
+        """The files of `save_pretrained` without the model card.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder; made if missing.
+            selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+
+        Returns:
+            `list[str]`: the names of those written.
+
+        Raises:
+            ValueError: the folder is a file, an unknown adapter, or a context with NaN.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
+        if isinstance(selected_adapters, str):
+            raise ValueError(f"`selected_adapters` must be a list of names, got the string {selected_adapters!r}.")
+        names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
+        for name, adapter in [(name, self._known(name)) for name in names]:
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            write_adapter(folder, adapter.config, adapter.learned_state())
+        return names
+
+    # ------------------------------------------------------------------ classes
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The active adapter's class names."""
+        return self.config.class_names
+
+    def set_class_names(self, class_names: list[str], adapter_name: str | None = None) -> None:
+        """Gives an adapter another list of classes.
+
+        A unified context takes any list at once: base to new classes, or another data set. What is learned for single
+        classes belongs to them; there the same names in another order are accepted, and the adapter follows.
+
+        Args:
+            class_names (`list[str]`): the classes, in the order of the labels.
+            adapter_name (`str`, *optional*, defaults to the active adapter): which adapter.
+
+        Raises:
+            ValueError: names that don't fit; for a class-specific context, says which ones differ.
+        """
+        adapter = self._known(adapter_name or self._active)
+        class_names = check_class_names(class_names)
+        order = None
+        if adapter.is_class_bound and adapter.config.class_names is not None:
+            order = _class_order(adapter.config.class_names, class_names)
+        prompts = self._make_prompts(adapter, class_names)  # checks lengths before anything is changed
+        if order is not None and order != list(range(len(order))):
+            adapter.select_classes(order)
+        adapter.config = replace(adapter.config, class_names=class_names)
+        adapter.class_prompts, adapter.template_prompts = prompts, None
+
+    def _make_prompts(self, adapter: Adapter, class_names: list[str]) -> ClassPrompts:
+        layout = adapter.layout(self.tokenizer, class_names, self.family.max_positions)
+        return ClassPrompts(self.family, layout, bool(getattr(adapter.config, "class_specific", False)))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def image_processor(self) -> Any:
+        """The base's image processor.
+
+        Raises:
+            ValueError: the model was made with a tokenizer alone.
+        """
+        if not hasattr(self.processor, "image_processor"):
+            raise ValueError(
+                "this model was made with a tokenizer alone and cannot prepare images: pass the base's CLIPProcessor "
+                "as `processor=`, or give `pixel_values` or `image_embeds` yourself."
+            )
+        return self.processor.image_processor
+
+    # ------------------------------------------------------------------ what Trainer and PyTorch ask for
+
+    def train(self, mode: bool = True) -> "AdapterModel":
+        """Sets training mode. The base stays in evaluation mode: it is frozen, and must give the same embeddings."""
+        self.training = mode
+        self.adapters.train(mode)
+        if self.base_model.training:
+            self.base_model.eval()
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of the adapters; nothing else has any."""
+        self.adapters.zero_grad(set_to_none)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base's embeddings are."""
+        return self.family.device
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """What `gradient_checkpointing=True` asks for: computes the classes in chunks of 128 where no size was set."""
+        self.text_chunk_size = self.text_chunk_size or 128
+
+
+def _check_new_name(name: str, adapters: nn.ModuleDict) -> None:
+    ok = isinstance(name, str) and 0 < len(name) <= 128
+    if not ok or any(not (c.isalnum() or c in "-_ ") for c in name) or name != name.strip():
+        raise ValueError(
+            f"an adapter's name must be made of letters, digits, spaces, '-' and '_', as it names a folder; got "
+            f"{name!r}."
+        )
+    if name in adapters:
+        raise ValueError(f"there is an adapter named {name!r} already; take another name, or delete it first.")
+    if hasattr(adapters, name):
+        raise ValueError(f"{name!r} cannot name an adapter (it is an attribute of nn.ModuleDict); take another.")
+
+
+def _class_order(own_names: list[str], class_names: list[str]) -> list[int]:
+    """Where each of `class_names` stands among the classes that something was learned for."""
+    own = {clean_class_name(name): index for index, name in enumerate(own_names)}
+    new = [clean_class_name(name) for name in class_names]
+    if set(own) == set(new):
+        return [own[name] for name in new]
+    missing = [repr(name) for name in own if name not in set(new)]
+    unknown = [repr(name) for name in new if name not in own]
+    parts = [
+        f"{what} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+        for what, names in (("it has no vectors for", unknown), ("the new list lacks", missing))
+        if names
+    ]
+    raise ValueError(
+        f"a class-specific context holds vectors for its own classes alone: {'; '.join(parts)}. Learn a unified "
+        "context (class_specific=False) to change classes."
+    )

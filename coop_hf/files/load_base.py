@@ -1,0 +1,113 @@
+"""Loading a base model: its family is read off `config.json` before anything large is touched."""
+
+import json
+import os
+from typing import Any
+
+import transformers
+from transformers import AutoProcessor, AutoTokenizer
+
+from ..config import ADAPTER_CONFIG_NAME, PromptConfig
+from ..core.families import FAMILIES, get_family, supported_models
+from ..hub import find_file, has_file, hub_errors, is_hub_id
+
+
+__all__ = ["check_is_base", "load_base", "load_base_of_adapter"]
+
+
+def check_is_base(name: str, subfolder: str | None, source: dict[str, Any]) -> None:
+    """Raises `FileNotFoundError` unless the folder or repository holds a model's `config.json`."""
+    if not os.path.isdir(name) and not is_hub_id(name):
+        find_file(name, "config.json")  # raises, and says that this is neither a folder nor a Hub id
+    if subfolder is not None or not has_file(name, "config.json", **source):
+        where = f"{name!r}" + (f", folder {subfolder!r}," if subfolder else "")
+        hint = ""
+        if os.path.isdir(name):
+            inside = sorted(d for d in os.listdir(name) if os.path.isfile(os.path.join(name, d, ADAPTER_CONFIG_NAME)))
+            hint = f" It holds the adapters {', '.join(map(repr, inside))}: pass `subfolder=`." if inside else ""
+        raise FileNotFoundError(
+            f"{where} holds neither an adapter ({ADAPTER_CONFIG_NAME}) nor a base model (config.json).{hint}"
+        )
+
+
+def load_base(name: str, processor: Any, source: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The base model and, unless given, its processor, or its tokenizer alone if no image processor lies beside it.
+
+    Args:
+        name (`str`): folder or Hub id.
+        processor (*optional*): taken as it is.
+        source (`dict`): `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+        kwargs (`dict`): for the model's `from_pretrained`.
+
+    Raises:
+        ValueError: a model of no supported family, or weights that the folder lacks; names them.
+    """
+    family = _family_of(name, find_file(name, "config.json", **source))  # its errors say more
+    with hub_errors(name):
+        base, report = getattr(transformers, family.model_class).from_pretrained(
+            name, output_loading_info=True, **source, **kwargs
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name!r} lacks {len(missing)} of the weights of a {family.model_class}, such as "
+            f"{', '.join(missing[:5])}: it is another kind of model, or a part of one. Name a whole base model."
+        )
+    if processor is None:
+        if has_file(name, "preprocessor_config.json", **source) or has_file(name, "processor_config.json", **source):
+            processor = AutoProcessor.from_pretrained(name, **source)
+        else:
+            processor = AutoTokenizer.from_pretrained(name, **source)
+    return base, processor
+
+
+def _family_of(name: str, config_file: str) -> type:
+    try:
+        with open(config_file, encoding="utf-8") as file:
+            model_type = json.load(file).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config_file} is not a model's configuration ({str(error)[:200]}).") from None
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"{name!r} is not a supported base model: its config.json says model_type {str(model_type)[:80]!r}. "
+            f"Supported: {supported_models()}."
+        )
+    return FAMILIES[model_type]
+
+
+def load_base_of_adapter(
+    name: str, config: PromptConfig, base_model: Any, processor: Any, download: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The base model under an adapter, and its processor.
+
+    Args:
+        name (`str`): folder or Hub id of the adapter.
+        config (`PromptConfig`): its configuration, which names the base.
+        base_model (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): the base to take instead.
+        processor (*optional*): needed with a loaded base.
+        download, kwargs (`dict`): see [`load_base`].
+
+    Raises:
+        ValueError, OSError: no base is named, it is not found, or a stranger's adapter names a local path.
+    """
+    if base_model is not None and not isinstance(base_model, (str, os.PathLike)):
+        get_family(base_model)
+        if processor is None:
+            raise ValueError("with a loaded `base_model`, pass its `processor` too.")
+        return base_model, processor
+    base_name = os.fspath(base_model) if base_model is not None else config.base_model_name_or_path
+    if base_name is None:
+        raise ValueError(f"the adapter {name!r} does not name its base model: pass `base_model=`.")
+    if base_model is None and not os.path.isdir(name) and not is_hub_id(base_name):
+        raise ValueError(
+            f"the adapter {name!r} from the Hub names a local path as its base model ({base_name!r}); such a "
+            "path is not followed. Pass `base_model=` to say which base you mean."
+        )
+    source = {**download, **({"revision": config.revision} if config.revision and not base_model else {})}
+    try:
+        return load_base(base_name, processor, source, kwargs)
+    except OSError as error:
+        raise OSError(
+            f"the base model {base_name!r} of the adapter {name!r} could not be loaded ({error}). If it lies "
+            "elsewhere now, pass `base_model=` with its folder or Hub id."
+        ) from error
