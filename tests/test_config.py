@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import warnings
+from dataclasses import dataclass
 
 import pytest
 
-from coop_hf import CoOpConfig, __version__
+from coop_hf import CoOpConfig, PromptConfig, __version__
 from coop_hf.checks import check_class_names, clean_class_name
-from coop_hf.config import ADAPTER_CONFIG_NAME, FORMAT_VERSION
+from coop_hf.config import ADAPTER_CONFIG_NAME, CONFIGS, FORMAT_VERSION
 
 
 FULL = {
@@ -163,3 +164,83 @@ def test_text_that_no_file_can_hold(value):
     """A lone surrogate cannot be written as UTF-8: said at once, not when the trained adapter is saved."""
     with pytest.raises(ValueError):
         CoOpConfig(class_names=["dog", value])
+
+
+# ---------------------------------------------------------------------- methods
+
+
+@pytest.fixture
+def methods(monkeypatch):
+    """Two configurations of other methods, known within one test."""
+    monkeypatch.setattr("coop_hf.config.CONFIGS", dict(CONFIGS))
+
+    @dataclass
+    class WaveConfig(PromptConfig, method="wave"):
+        height: int = 3
+
+    @dataclass
+    class CoWaveConfig(CoOpConfig, method="cowave"):
+        width: int = 2
+
+    return WaveConfig, CoWaveConfig
+
+
+def test_positional_order_of_coop():
+    config = CoOpConfig(4, "front", True, "a photo")
+    assert (config.n_ctx, config.class_token_position, config.class_specific, config.ctx_init) == (
+        4,
+        "front",
+        True,
+        "a photo",
+    )
+    assert isinstance(config, PromptConfig) and CoOpConfig.method == "coop"
+
+
+def test_the_method_of_a_file_picks_the_class(methods, tmp_path):
+    wave, cowave = methods
+    for config in (wave(height=7, class_names=["cat"]), cowave(4, width=5), CoOpConfig(4)):
+        config.save_pretrained(tmp_path)
+        values = json.loads((tmp_path / ADAPTER_CONFIG_NAME).read_text())
+        assert values.get("method") == (None if type(config) is CoOpConfig else config.method)
+        assert values["format_version"] == (1 if type(config) is CoOpConfig else 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for kind in (PromptConfig, type(config)):
+                found = kind.from_pretrained(tmp_path)
+                assert found == config and type(found) is type(config)
+    assert type(CoOpConfig.from_dict(cowave().to_dict())) is cowave, "a configuration of CoOp's kind"
+    with pytest.raises(
+        ValueError, match="of the method 'wave', and CoOpConfig is for 'coop': read it with WaveConfig"
+    ):
+        CoOpConfig.from_dict(wave().to_dict())
+    with pytest.raises(
+        ValueError, match="of the method 'coop', and WaveConfig is for 'wave': read it with CoOpConfig"
+    ):
+        wave.from_dict({"height": 1})
+
+
+@pytest.mark.parametrize("method", ["newer", None, 3, ["coop"], {"a": 1}, "x" * 100_000, ""])
+def test_unknown_methods(method):
+    with pytest.raises(ValueError, match=r"of the method .* knows .*'coop'.*: upgrade coop_hf") as error:
+        PromptConfig.from_dict({"method": method, "new_key": 1})
+    assert len(str(error.value)) < 600
+
+
+def test_newer_formats_of_a_method(methods):
+    wave, _ = methods
+    with pytest.raises(ValueError, match="format version 3, and coop_hf .* reads up to 2: upgrade coop_hf"):
+        PromptConfig.from_dict({"method": "wave", "format_version": 3})
+    assert wave(format_version=1).format_version == 1
+
+
+def test_a_method_is_registered_once(methods):
+    with pytest.raises(ValueError, match="the method 'wave' has a configuration, WaveConfig"):
+
+        class OtherConfig(PromptConfig, method="wave"):
+            pass
+
+    class MyConfig(CoOpConfig):
+        """Without a name of its own: CoOp's."""
+
+    assert MyConfig.method == "coop" and type(PromptConfig.from_dict({})) is CoOpConfig
+    assert type(MyConfig.from_dict({})) is MyConfig
