@@ -27,7 +27,7 @@ from .core.layout import PromptLayout, fill_template, make_layout, tokenize_text
 from .core.shared_prefix import SharedPrefixPass, class_parallel_features
 from .core.text_tower import check_base_model, plain_text_features
 from .data.transforms import decode_image, eval_transform
-from .files.adapter_files import read_adapter, write_adapter
+from .files.adapter_files import WEIGHTS_KEY, base_of, read_adapter, write_adapter
 from .files.model_card import write_card
 from .files.publish import push_to_hub
 from .hub import find_file, has_file, hub_errors, is_hub_id
@@ -457,7 +457,7 @@ class CoOpModel(nn.Module):
             ValueError: the adapter is damaged, or was made for a base of another width.
         """
         self._check_new_name(adapter_name)
-        config, context = read_adapter(name_or_path, **kwargs)
+        config, tensors = read_adapter(name_or_path, **kwargs)
         own, other = self.base_model.config._name_or_path, config.base_model_name_or_path
         if own and other and own != other:
             logger.warning(
@@ -466,7 +466,7 @@ class CoOpModel(nn.Module):
                 other,
                 own,
             )
-        self.add_adapter(adapter_name, config, context=context)
+        self.add_adapter(adapter_name, config, context=tensors[WEIGHTS_KEY])
         try:
             self._finish_loading(adapter_name, is_trainable, class_names)
         except ValueError:
@@ -613,7 +613,7 @@ class CoOpModel(nn.Module):
         for name in [self._known(name) for name in names]:
             adapter = self.adapters[name]
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            write_adapter(folder, adapter.config, adapter.context)
+            write_adapter(folder, adapter.config, {WEIGHTS_KEY: adapter.context})
         return names
 
     push_to_hub = push_to_hub  # `coop_hf.files.publish.push_to_hub(model, repo_id, ...)`, and nothing to add
@@ -706,20 +706,13 @@ class CoOpModel(nn.Module):
                 f"{name!r} is an adapter and has its own configuration: leave `config` out, or name a base model to "
                 "start afresh."
             )
-        config, context = read_adapter(name, subfolder=subfolder, **source)
+        config, tensors = read_adapter(name, subfolder=subfolder, **source)
         if isinstance(base_model, CLIPModel):
             if processor is None:
                 raise ValueError("with a loaded `base_model`, pass its `processor` too.")
             base = base_model
         else:
-            base_name = os.fspath(base_model) if base_model is not None else config.base_model_name_or_path
-            if base_name is None:
-                raise ValueError(f"the adapter {name!r} does not name its base model: pass `base_model=`.")
-            if base_model is None and not os.path.isdir(name) and not is_hub_id(base_name):
-                raise ValueError(
-                    f"the adapter {name!r} from the Hub names a local path as its base model ({base_name!r}); such a "
-                    "path is not followed. Pass `base_model=` to say which base you mean."
-                )
+            base_name = os.fspath(base_model) if base_model is not None else base_of(config, name)
             base_source = {**download, **({"revision": config.revision} if config.revision and not base_model else {})}
             try:
                 base, processor = _load_base(base_name, processor, base_source, base_model_kwargs)
@@ -731,7 +724,7 @@ class CoOpModel(nn.Module):
         if base_model is not None:  # saved again, the adapter names the base that it stands on
             here = base.config._name_or_path or config.base_model_name_or_path
             config = replace(config, base_model_name_or_path=here, revision=None)
-        model = cls(base, config, None, processor, context=context, **options)
+        model = cls(base, config, None, processor, context=tensors[WEIGHTS_KEY], **options)
         model._finish_loading(adapter_name, is_trainable, class_names)
         return model
 

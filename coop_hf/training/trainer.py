@@ -25,7 +25,7 @@ from transformers.utils.hub import PushInProgress
 from ..atomic import save_tensors
 from ..data.feature_cache import EmbeddedImages, embed_images
 from ..data.labelled_images import LabelledImages, collate
-from ..files.adapter_files import read_adapter, write_adapter
+from ..files.adapter_files import WEIGHTS_KEY, read_adapter, write_adapter
 from ..files.model_card import write_card
 from ..files.publish import push_to_hub
 from ..modeling import CoOpModel
@@ -291,7 +291,8 @@ class CoOpTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        write_adapter(os.path.join(output_dir, self._subfolder or ""), self.model.config, self.model.context)
+        folder = os.path.join(output_dir, self._subfolder or "")
+        write_adapter(folder, self.model.config, {WEIGHTS_KEY: self.model.context})
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
 
@@ -450,7 +451,8 @@ class CoOpTrainer(Trainer):
         """Nothing to restore: order and views are functions of seed, epoch and row, and a step draws no number."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        config, context = read_adapter(resume_from_checkpoint, subfolder=self._subfolder)
+        config, tensors = read_adapter(resume_from_checkpoint, subfolder=self._subfolder)
+        context = tensors[WEIGHTS_KEY]
         own = self.model.config
         for name in ("n_ctx", "class_token_position", "class_specific", "class_names"):
             if getattr(config, name) != getattr(own, name):
