@@ -28,6 +28,7 @@ from .core.shared_prefix import SharedPrefixPass, class_parallel_features
 from .core.text_tower import check_base_model, plain_text_features
 from .data.transforms import decode_image, eval_transform
 from .files.adapter_files import WEIGHTS_KEY, base_of, read_adapter, write_adapter
+from .files.coop_checkpoint import checkpoint_to_adapter, read_coop_checkpoint
 from .files.model_card import write_card
 from .files.publish import push_to_hub
 from .hub import find_file, has_file, hub_errors, is_hub_id
@@ -632,12 +633,51 @@ class CoOpModel(nn.Module):
 
     @classmethod
     def from_coop_checkpoint(
-        cls, path, base_model, class_names=None, class_token_position: str = "end", **kwargs
+        cls,
+        path: str | os.PathLike,
+        base_model: "CLIPModel | str | os.PathLike",
+        class_names: list[str] | None = None,
+        class_token_position: str = "end",
+        *,
+        processor=None,
+        epoch: int | None = None,
+        check_base: bool = True,
+        **kwargs,
     ) -> "CoOpModel":
-        """A model from a checkpoint of the original CoOp code; see `coop_hf.files.coop_checkpoint`."""
-        from .files.coop_checkpoint import from_coop_checkpoint
+        """A model with the context of a checkpoint of the original CoOp code, which may learn on.
 
-        return from_coop_checkpoint(path, base_model, class_names, class_token_position, **kwargs)
+        Args:
+            path (`str` or `os.PathLike`): the checkpoint, or the folder of the training's output.
+            base_model (`CLIPModel`, `str` or `os.PathLike`): the CLIP model that the context was learned on.
+            class_names, class_token_position, check_base: see
+                `coop_hf.files.coop_checkpoint.checkpoint_to_adapter`.
+            processor (*optional*): needed with a loaded `base_model`.
+            epoch (`int`, *optional*): which checkpoint of a folder.
+            kwargs: for `CoOpModel.from_pretrained` if `base_model` is a name: `revision`, `token` ...; else for
+                `CoOpModel`.
+
+        Raises:
+            ValueError: the checkpoint is unusable, was learned on another base, or does not go with the class names.
+        """
+        CoOpConfig(class_token_position=class_token_position)  # refused before anything is read
+        checkpoint = read_coop_checkpoint(path, epoch)
+        load = cls.from_pretrained if isinstance(base_model, (str, os.PathLike)) else cls
+        with torch.random.fork_rng(devices=[]):  # the start that is drawn here is not used
+            model = load(base_model, CoOpConfig(n_ctx=1), processor=processor, **kwargs)
+        embedding = model.base_model.text_model.embeddings.token_embedding.weight
+        config, tensors = checkpoint_to_adapter(
+            checkpoint, embedding, model.tokenizer, class_names, class_token_position, check_base
+        )
+        named = {"base_model_name_or_path": model.config.base_model_name_or_path, "revision": model.config.revision}
+        options = {"text_pass": model.text_pass, "text_chunk_size": model.text_chunk_size}
+        options["adapter_name"] = model.active_adapter
+        return cls(
+            model.base_model,
+            replace(config, **named),
+            processor=model.processor,
+            context=tensors[WEIGHTS_KEY],
+            **options,
+        )
 
     @classmethod
     def from_pretrained(
