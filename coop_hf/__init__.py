@@ -2,7 +2,7 @@
 
 from . import _moved as _moved  # old module names
 from . import pipeline as _pipeline  # noqa: F401 (registers the pipeline)
-from .config import CoOpConfig
+from .config import CoOpConfig, PromptConfig
 from .data.feature_cache import EmbeddedImages, embed_images
 from .data.few_shot import sample_few_shot
 from .data.labelled_images import LabelledImages
@@ -25,6 +25,7 @@ __all__ = [
     "CoOpTrainingArguments",
     "EmbeddedImages",
     "LabelledImages",
+    "PromptConfig",
     "__version__",
     "embed_images",
     "emoji_model_path",

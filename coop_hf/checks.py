@@ -1,8 +1,29 @@
-"""Small checks and the shared wording of error messages: class names, text, whole numbers."""
+"""Small checks and the shared wording of error messages: class names, text, whole numbers, strangers' files."""
+
+import os
+
+import torch
+
 
 MAX_CLASSES = 1_000_000
 
 MAX_TEXT_LENGTH = 10_000
+
+
+SPARSE_BYTES = 1 << 26  # from this size on it is looked at how much of a file is really on the disk
+
+
+def check_not_sparse(path: str | os.PathLike, problem: str) -> None:
+    """Refuses a file of a stranger that claims much and holds next to nothing: reading it would fill the memory."""
+    stat = os.stat(path)
+    on_disk = 512 * getattr(stat, "st_blocks", 0)  # 0: a file system that does not say
+    if stat.st_size > SPARSE_BYTES and 0 < on_disk < stat.st_size // 4:
+        raise ValueError(f"{problem}it says that it has {stat.st_size:,} bytes, and {on_disk:,} are on the disk.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. In pieces: `isfinite` makes several tensors of the size of its input."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(1 << 20))
 
 
 def is_int(value) -> bool:

@@ -43,6 +43,24 @@ MAX_CONTEXT_TOKENS = 4096
 CONFIGS: dict[str, type["PromptConfig"]] = {}  # method -> its configuration
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """The values of one `adapter_config.json`, not yet looked at.
+
+    Raises:
+        ValueError: the file is larger than 64 MiB, is not JSON, or nests too deeply.
+    """
+    size = os.path.getsize(path)
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; a configuration has at most {MAX_CONFIG_BYTES:,}.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise ValueError(f"{path} is not a readable adapter configuration: {reason}.") from None
+    return values
+
+
 @dataclass(kw_only=True)
 class PromptConfig:
     """What the configurations of all methods share. Each method has a subclass, registered by its name:
@@ -166,18 +184,9 @@ class PromptConfig:
         """Reads one `adapter_config.json`.
 
         Raises:
-            ValueError: the file is larger than 64 MiB, is no JSON, nests too deeply, or holds a bad value.
+            ValueError: the file see `read_json`, or a bad value.
         """
-        size = os.path.getsize(path)
-        if size > MAX_CONFIG_BYTES:
-            raise ValueError(f"{path} has {size:,} bytes; a configuration has at most {MAX_CONFIG_BYTES:,}.")
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-            raise ValueError(f"{path} is not a readable adapter configuration: {reason}.") from None
-        return cls.from_dict(values)
+        return cls.from_dict(read_json(path))
 
     @classmethod
     def from_pretrained(

@@ -1,9 +1,13 @@
-"""Where files come from, a local folder first, then the cache, then the Hub; and how an adapter gets there."""
+"""Where files come from: a local folder first, then the cache, then the Hub."""
 
+import hashlib
+import logging
 import os
 import re
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -19,13 +23,21 @@ from huggingface_hub.errors import (
 
 __all__ = ["find_file", "has_file", "hub_errors", "is_hub_id"]
 
+logger = logging.getLogger(__name__)
+
 # Dropped connections and time-outs are errors of the HTTP client that huggingface_hub uses, and no OSErrors. Their
 # base class is also the base of HfHubHTTPError, whichever client that is.
 _HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
+_FAILURES = (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError)
+
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 RETRY_WAITS = (1.0, 3.0)  # seconds before the second and the third try, where huggingface_hub tries only once
+
+MAX_CHECKED_BYTES = 1 << 26  # larger files are compared with their hash when they arrive, not at each reading
+
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w\-.]{0,95}(/[A-Za-z0-9_][\w\-.]{0,95})?", re.ASCII)
 
@@ -43,8 +55,8 @@ def _check_subfolder(subfolder: str | None) -> None:
         raise ValueError(f"`subfolder` must be a plain relative folder such as 'flowers', got {subfolder!r}.")
 
 
-def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str | None = None, **kwargs) -> str:
-    """The local path of one file of an adapter or model.
+def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str | None = None, **kwargs: Any) -> str:
+    """The local path of one file of an adapter or model. What comes from the Hub is compared with the Hub's hash.
 
     Args:
         name_or_path (`str` or `os.PathLike`): a folder on disk, else a Hub id.
@@ -55,7 +67,8 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str | N
 
     Raises:
         FileNotFoundError: the folder, or the repository, holds no such file.
-        OSError: neither a folder nor a repository, or not reachable and not in the cache; says what to do.
+        OSError: neither a folder nor a repository, or not reachable and not in the cache, or damaged on every
+            way; says what to do.
     """
     _check_subfolder(subfolder)
     name = os.fspath(name_or_path)
@@ -68,26 +81,60 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str | N
         raise FileNotFoundError(
             f"{name!r} is neither a folder on this machine nor the form of a Hub id ('name' or 'owner/name')."
         )
-    revision = kwargs.get("revision")
     for wait in (*RETRY_WAITS, None):
         try:
-            return hf_hub_download(name, filename, subfolder=subfolder, library_name="coop_hf", **kwargs)
-        except (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError, ValueError) as error:
-            cached = _cached(name, filename, subfolder, kwargs) if _is_transient(error) else None
-            if cached is not None:
-                return cached
-            if isinstance(error, ValueError) and not isinstance(
-                _server_error(error), (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError)
-            ):
+            return _download(name, filename, subfolder, kwargs)
+        except (*_FAILURES, ValueError) as error:
+            if not isinstance(error, _FAILURES) and not isinstance(_server_error(error), _FAILURES):
                 raise  # arguments that contradict each other, such as force_download with local_files_only
-            # huggingface_hub itself repeats what fails before the download, and after "too many requests".
-            tried_once = not isinstance(error, LocalEntryNotFoundError) and _status(_server_error(error)) != 429
-            if wait is None or not tried_once or not _is_transient(error):
-                raise _explained(error, name, filename, revision) from error
-            time.sleep(wait)
+            if _is_transient(error):
+                cached = _cached(name, filename, subfolder, kwargs)
+                if cached is not None:
+                    return cached
+                # What fails before the download, huggingface_hub repeats by itself.
+                if wait is not None and not isinstance(error, LocalEntryNotFoundError):
+                    time.sleep(wait)
+                    continue
+            raise _explained(error, name, filename, kwargs.get("revision")) from error
+    raise AssertionError("not reached")
 
 
-def _server_error(error: BaseException):
+def _download(name: str, filename: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
+    """A file by the cache or the Hub, compared with the Hub's hash of it; fetched a second time if it is damaged."""
+    was_cached = _cached(name, filename, subfolder, kwargs) is not None
+    for _ in range(2):
+        path = hf_hub_download(name, filename, subfolder=subfolder, library_name="coop_hf", **kwargs)
+        is_large = os.path.getsize(path) > MAX_CHECKED_BYTES
+        if (was_cached and is_large) or not _is_damaged(path):
+            return path
+        logger.warning("%s of %r has not the hash that the Hub gives for it and is fetched again.", filename, name)
+        for damaged in {os.path.realpath(path), path}:
+            os.remove(damaged)
+        was_cached = False
+    raise OSError(
+        f"{filename} of {name!r} arrived damaged twice: its hash is not the one that the Hub gives. Nothing of it was "
+        "kept. Something on the way changes it (a proxy, a faulty disk or memory): try again, or on another network."
+    )
+
+
+def _is_damaged(path: str) -> bool:
+    """Whether a file in the cache is another one than the Hub says.
+
+    The cache keeps a file under the name of the Hub's hash of it: SHA-256 of a large file, git's of a small one. Where
+    there are no symbolic links the name is not kept, and nothing is found out.
+    """
+    blob = os.path.realpath(path)
+    name = os.path.basename(blob)
+    if not _HASH.fullmatch(name):
+        return False
+    digest = hashlib.sha256() if len(name) == 64 else hashlib.sha1(b"blob %d\0" % os.path.getsize(blob))
+    with open(blob, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest() != name
+
+
+def _server_error(error: BaseException) -> BaseException:
     """What the server or the connection said, where `error` only says that nothing was found."""
     while not isinstance(error, (HfHubHTTPError, _HTTPError)) and error.__cause__ is not None:
         error = error.__cause__
@@ -106,7 +153,7 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, _HTTPError) and type(error).__name__ not in ("ConnectError", "UnsupportedProtocol")
 
 
-def _cached(name: str, filename: str, subfolder: str | None, kwargs: dict) -> str | None:
+def _cached(name: str, filename: str, subfolder: str | None, kwargs: dict[str, Any]) -> str | None:
     if kwargs.get("force_download"):
         return None
     path = f"{subfolder}/{filename}" if subfolder else filename
@@ -150,7 +197,7 @@ def _explained(error: BaseException, name: str, filename: str, revision: str | N
 
 
 @contextmanager
-def hub_errors(name: str):
+def hub_errors(name: str) -> Iterator[None]:
     """Within it, what `huggingface_hub` and its HTTP client raise becomes an `OSError` that says what to do."""
     try:
         yield
@@ -158,7 +205,7 @@ def hub_errors(name: str):
         raise _explained(error, name, "a file", None) from error
 
 
-def has_file(name_or_path: str | os.PathLike, filename: str, **kwargs) -> bool:
+def has_file(name_or_path: str | os.PathLike, filename: str, **kwargs: Any) -> bool:
     """Whether `find_file` finds the file. Other failures, such as a missing repository, still raise.
 
     Without a connection the cache answers: a file is missing in a repository that is there otherwise if the cache
@@ -177,7 +224,7 @@ def has_file(name_or_path: str | os.PathLike, filename: str, **kwargs) -> bool:
     return True
 
 
-def _is_missing_in_cache(name: str, filename: str, kwargs: dict) -> bool:
+def _is_missing_in_cache(name: str, filename: str, kwargs: dict[str, Any]) -> bool:
     where = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
     path = f"{kwargs['subfolder']}/{filename}" if kwargs.get("subfolder") else filename
     known = try_to_load_from_cache(name, path, **where)

@@ -78,7 +78,13 @@ def readable_token(tokenizer, token_id: int) -> str:
     return text if raw.endswith("</w>") else f"{text}-"
 
 
-def nearest_tokens(model, top_k: int = 5, metric: str = "euclidean", adapter_name: str | None = None):
+def nearest_tokens(
+    model,
+    top_k: int = 5,
+    metric: str = "euclidean",
+    adapter_name: str | None = None,
+    max_classes: int | None = None,
+):
     """For each context vector the nearest vocabulary entries.
 
     Args:
@@ -86,6 +92,7 @@ def nearest_tokens(model, top_k: int = 5, metric: str = "euclidean", adapter_nam
         top_k (`int`, *optional*, defaults to 5): how many entries for each vector.
         metric (`str`, *optional*, defaults to `"euclidean"`): the paper's; or `"cosine"`, 1 - cosine similarity.
         adapter_name (`str`, *optional*, defaults to the active adapter): which adapter.
+        max_classes (`int`, *optional*, defaults to all): of a class-specific context, how many classes.
 
     Returns:
         For a unified context a list of M lists, one for each vector, of
@@ -106,6 +113,9 @@ def nearest_tokens(model, top_k: int = 5, metric: str = "euclidean", adapter_nam
     if name not in model.adapters:
         raise ValueError(f"there is no adapter named {name!r}; this model has {', '.join(map(repr, model.adapters))}.")
     context, config = model.adapters[name].context, model.adapters[name].config
+    names = config.class_names[:max_classes] if config.class_specific else None
+    if names is not None:
+        context = context[: len(names)]
     embedding = model.family.token_embedding
     with align_module_device(embedding):
         distances, ids = nearest_rows(context.detach().flatten(0, -2), embedding.weight, top_k, metric)
@@ -114,9 +124,9 @@ def nearest_tokens(model, top_k: int = 5, metric: str = "euclidean", adapter_nam
         [{"token": words[i], "id": i, "distance": d} for i, d in zip(row_ids, row_distances)]
         for row_ids, row_distances in zip(ids.tolist(), distances.tolist())
     ]
-    if not config.class_specific:
+    if names is None:
         return entries
-    return {c: entries[k * config.n_ctx : (k + 1) * config.n_ctx] for k, c in enumerate(config.class_names)}
+    return {c: entries[k * config.n_ctx : (k + 1) * config.n_ctx] for k, c in enumerate(names)}
 
 
 def format_nearest_tokens(nearest, max_classes: int = 20) -> str:

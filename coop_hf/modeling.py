@@ -8,6 +8,7 @@ Only what the adapter holds learns; for CoOp its context vectors (https://arxiv.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .adapters.base import Adapter
-from .adapters.model import AdapterModel
+from .adapters.model import AdapterModel, Shapes
 from .checks import is_int
 from .config import ADAPTER_CONFIG_NAME, CoOpConfig, PromptConfig
 from .core.class_prompts import TEXT_PASSES, ClassPrompts
@@ -27,7 +28,8 @@ from .data.labelled_images import collate
 from .data.transforms import decode_image, eval_transform
 from .deploy.export import ImageClassifier, as_image_classifier
 from .deploy.merging import merge_and_unload
-from .files.adapter_files import read_adapter
+from .files.adapter_files import check_adapter, read_adapter
+from .files.coop_checkpoint import checkpoint_to_adapter, read_coop_checkpoint
 from .files.load_base import check_is_base, load_base, load_base_of_adapter
 from .files.publish import push_to_hub
 from .hub import has_file
@@ -76,7 +78,8 @@ class CoOpModel(AdapterModel):
             the numbers unchanged, costs about a third more time.
         context (`torch.Tensor`, *optional*): `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`, vectors to start from
             instead of those that `config` describes.
-        tensors (`dict[str, torch.Tensor]`, *optional*): the same for any method, under their names in files.
+        tensors (`dict[str, torch.Tensor]` or `Callable`, *optional*): the same for any method, under their names in
+            files; or what gives them when it is told the shapes that are expected.
 
     Raises:
         TypeError: the base is of no supported family, or no processor was given.
@@ -99,7 +102,7 @@ class CoOpModel(AdapterModel):
         text_pass: str = "auto",
         text_chunk_size: int | None = None,
         context: Tensor | None = None,
-        tensors: dict[str, Tensor] | None = None,
+        tensors: dict[str, Tensor] | Callable[[Shapes], dict[str, Tensor]] | None = None,
     ):
         family = get_family(base_model)
         if processor is None or not callable(getattr(processor, "tokenizer", processor)):
@@ -304,12 +307,46 @@ class CoOpModel(AdapterModel):
         base_model: Any,
         class_names: list[str] | None = None,
         class_token_position: str = "end",
+        *,
+        processor: Any = None,
+        epoch: int | None = None,
+        check_base: bool = True,
         **kwargs: Any,
     ) -> "CoOpModel":
-        """A model from a checkpoint of the original CoOp code; see `coop_hf.files.coop_checkpoint`."""
-        from .files.coop_checkpoint import from_coop_checkpoint
+        """A model with the context of a checkpoint of the original CoOp code, which may learn on.
 
-        return from_coop_checkpoint(path, base_model, class_names, class_token_position, **kwargs)
+        Args:
+            path (`str` or `os.PathLike`): the checkpoint, or the folder of the training's output.
+            base_model (`PreTrainedModel`, `str` or `os.PathLike`): the CLIP model that the context was learned on.
+            class_names, class_token_position, check_base: see
+                `coop_hf.files.coop_checkpoint.checkpoint_to_adapter`.
+            processor (*optional*): needed with a loaded `base_model`.
+            epoch (`int`, *optional*): which checkpoint of a folder.
+            kwargs: for `CoOpModel.from_pretrained` if `base_model` is a name: `revision`, `token` ...; else for
+                `CoOpModel`.
+
+        Raises:
+            ValueError: the checkpoint is unusable, was learned on another base, or does not go with the class names.
+        """
+        CoOpConfig(class_token_position=class_token_position)  # refused before anything is read
+        checkpoint = read_coop_checkpoint(path, epoch)
+        load = cls.from_pretrained if isinstance(base_model, (str, os.PathLike)) else cls
+        with torch.random.fork_rng(devices=[]):  # the start that is drawn here is not used
+            model = load(base_model, CoOpConfig(n_ctx=1), processor=processor, **kwargs)
+        embedding = model.family.token_embedding.weight
+        config, tensors = checkpoint_to_adapter(
+            checkpoint, embedding, model.tokenizer, class_names, class_token_position, check_base
+        )
+        named = {"base_model_name_or_path": model.config.base_model_name_or_path, "revision": model.config.revision}
+        options = {"text_pass": model.text_pass, "text_chunk_size": model.text_chunk_size}
+        options["adapter_name"] = model.active_adapter
+        return cls(
+            model.base_model,
+            replace(config, **named),
+            processor=model.processor,
+            tensors=tensors,
+            **options,
+        )
 
     @classmethod
     def from_pretrained(
@@ -377,11 +414,15 @@ class CoOpModel(AdapterModel):
                 f"{name!r} is an adapter and has its own configuration: leave `config` out, or name a base model to "
                 "start afresh."
             )
-        own, tensors = read_adapter(name, subfolder=subfolder, **source)
+        own = check_adapter(name, subfolder=subfolder, **source)  # refused before a large base is loaded
         base, processor = load_base_of_adapter(name, own, base_model, processor, download, base_model_kwargs)
         if base_model is not None:  # saved again, the adapter names the base that it stands on
             here = base.config._name_or_path or own.base_model_name_or_path
             own = replace(own, base_model_name_or_path=here, revision=None)
+
+        def tensors(expected: Shapes) -> dict[str, Tensor]:
+            return read_adapter(name, expected, subfolder=subfolder, **source)[1]
+
         model = cls(base, own, None, processor, tensors=tensors, **options)
         model.adapter.is_trainable = is_trainable
         model._set_trainable()

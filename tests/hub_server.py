@@ -66,6 +66,7 @@ class Fault:
     drop: str | None
     times: int
     after: int
+    body: bytes | None = None
 
 
 class HubServer:
@@ -103,13 +104,18 @@ class HubServer:
         self.tokens[token] = name
         return token
 
-    def add_repo(self, repo_id: str, files: dict[str, bytes], private: bool = False, title="Initial commit") -> str:
-        """Puts a repository, or another commit on its main branch, in place without HTTP; returns the commit."""
+    def add_repo(
+        self, repo_id: str, files: dict[str, bytes], private: bool = False, title="Initial commit", lfs=()
+    ) -> str:
+        """Puts a repository, or another commit on its main branch, in place without HTTP; returns the commit.
+
+        `lfs` names the files that are told by their SHA-256 rather than by git's hash.
+        """
         with self.lock:
             repo = self.repos.setdefault(repo_id, Repo(repo_id, private))
             parent = repo.refs.get("refs/heads/main")
             files = {**(repo.commits[parent].files if parent else {}), **files}
-            return repo.add("refs/heads/main", files, title, parent).oid
+            return repo.add("refs/heads/main", files, title, parent, lfs).oid
 
     def add_folder(self, repo_id: str, folder, **kwargs) -> str:
         files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -128,6 +134,7 @@ class HubServer:
         drop: str | None = None,
         times: int = 1,
         after: int = 0,
+        body: bytes | None = None,
     ):
         """Lets coming requests fail.
 
@@ -136,12 +143,13 @@ class HubServer:
             pattern (`str`): regular expression searched in the path.
             status (`int`, *optional*): answer with this status, and `headers`.
             drop (`str`, *optional*): "before": hang up without an answer; "middle": hang up after half of the body;
-                "after": do what was asked, then hang up without an answer.
+                "after": do what was asked, then hang up without an answer; "flip": change one bit of the body.
+            body (`bytes`, *optional*): with `status`, what to answer, as HTML, such as the login page of a network.
             times (`int`): how many requests fail.
             after (`int`): how many matching requests go well first.
         """
         with self.lock:
-            self.faults.append(Fault(method, pattern, status, headers or {}, drop, times, after))
+            self.faults.append(Fault(method, pattern, status, headers or {}, drop, times, after, body))
 
     def _fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -188,6 +196,8 @@ def _handler(hub: HubServer):
             try:
                 if self._fault and self._fault.drop == "before":
                     return self._hang_up()
+                if self._fault and self._fault.body is not None:
+                    return self._send(self._fault.status, self._fault.body, {"Content-Type": "text/html"})
                 if self._fault and self._fault.status:
                     raise _Answer(self._fault.status, "asked to fail", headers=self._fault.headers)
                 for methods, pattern, function in ROUTES:
@@ -216,6 +226,8 @@ def _handler(hub: HubServer):
             self.end_headers()
             if self.command == "HEAD":
                 return
+            if self._fault and self._fault.drop == "flip":
+                data = data[:-1] + bytes([data[-1] ^ 1])
             if self._fault and self._fault.drop == "middle":
                 self.wfile.write(data[: len(data) // 2])
                 return self._hang_up()

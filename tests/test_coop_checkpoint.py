@@ -1,8 +1,10 @@
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 
@@ -13,7 +15,14 @@ from conftest import make_base
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from coop_hf import CoOpConfig, CoOpModel
-from coop_hf.files.coop_checkpoint import find_coop_checkpoint, from_coop_checkpoint, main, read_coop_checkpoint
+from coop_hf.files.adapter_files import read_adapter, write_adapter
+from coop_hf.files.coop_checkpoint import (
+    checkpoint_to_adapter,
+    find_coop_checkpoint,
+    from_coop_checkpoint,
+    main,
+    read_coop_checkpoint,
+)
 
 
 NAMES = ["cat", "Sea_lion", "dog house", "kite (bird)"]
@@ -298,6 +307,76 @@ def test_a_zip_of_something_else(tmp_path):
         file.writestr("archive/data.pkl", pickle.dumps({"state_dict": {}}, protocol=2))
     with pytest.raises(ValueError, match="no usable checkpoint"):
         read_coop_checkpoint(tmp_path / "c")
+
+
+# ---------------------------------------------------------------------- what grows on being read
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def refuses_at_once(path, message):
+    before, started = peak(), time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        read_coop_checkpoint(path)
+    assert time.monotonic() - started < 2 and peak() - before < 100, "seconds and megabytes"
+
+
+def test_a_deflated_pickle(tmp_path):
+    with zipfile.ZipFile(tmp_path / "c", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        with file.open("archive/data.pkl", "w", force_zip64=True) as record:
+            record.write(b"\x80\x02X" + (200_000_000).to_bytes(4, "little"))
+            for _ in range(200):
+                record.write(b"a" * 1_000_000)
+            record.write(b".")
+        file.writestr("archive/version", "3")
+    assert os.path.getsize(tmp_path / "c") < 2_000_000
+    refuses_at_once(tmp_path / "c", "no usable checkpoint.*its records are compressed")
+
+
+def test_a_pickle_that_is_large(tmp_path):
+    torch.save({"state_dict": {"ctx": torch.zeros(4, 8)}, "x": "a" * 20_000_000}, tmp_path / "c")
+    refuses_at_once(tmp_path / "c", "its pickle has 20,000,... bytes, at most 16,777,216 are read")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_memory_that_is_asked_for(tmp_path, legacy):
+    """`bytearray(n)` is the one call of `weights_only` that allocates what it is told to."""
+    content = {"state_dict": {"ctx": torch.zeros(4, 8)}, "x": Code(bytearray, 3_000_000_000)}
+    torch.save(content, tmp_path / "c", _use_new_zipfile_serialization=not legacy)
+    refuses_at_once(tmp_path / "c", "reading it would run builtins.bytearray")
+
+
+@pytest.mark.parametrize("shape", [(4097, 8), (4, 16_385)])
+def test_a_context_of_no_real_size(tmp_path, shape):
+    torch.save({"state_dict": {"ctx": torch.zeros(shape)}}, tmp_path / "c")
+    refuses_at_once(tmp_path / "c", "at most 4,096 vectors of 16,384 numbers")
+
+
+def test_a_sparse_checkpoint(tmp_path):
+    with open(tmp_path / "c", "wb") as file:
+        file.write(b"PK\x03\x04" + b"a" * 4096)
+        file.truncate(1_500_000_000)
+    refuses_at_once(tmp_path / "c", "says that it has 1,500,000,000 bytes, and .* are on the disk")
+
+
+@pytest.mark.parametrize("key", ["ctx", "token_prefix"])
+def test_tensors_without_values(tmp_path, key):
+    state = {"ctx": torch.zeros(4, 8), "token_prefix": torch.zeros(2, 1, 8)}
+    torch.save({"state_dict": {**state, key: state[key].to("meta")}}, tmp_path / "c")
+    with pytest.raises(ValueError, match=f"'{key}' is on the device 'meta' and holds no values"):
+        read_coop_checkpoint(tmp_path / "c")
+
+
+def test_read_as_an_adapter_is(tokenizer, base, tmp_path):
+    context = write_checkpoint(tmp_path / "c", tokenizer, base, class_specific=True)
+    embedding = base.text_model.embeddings.token_embedding.weight
+    config, tensors = checkpoint_to_adapter(read_coop_checkpoint(tmp_path / "c"), embedding, tokenizer, NAMES, "front")
+    assert config == CoOpConfig(4, "front", True, class_names=NAMES)
+    assert list(tensors) == ["prompt_embeddings"] and torch.equal(tensors["prompt_embeddings"], context)
+    write_adapter(tmp_path / "a", config, tensors)
+    assert read_adapter(tmp_path / "a")[0] == config
 
 
 # ---------------------------------------------------------------------- the command line

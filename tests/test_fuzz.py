@@ -181,7 +181,7 @@ def test_mutated_files(tmp_path):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found, context = read_adapter(folder)
+                found, tensors = read_adapter(folder)
         except (ValueError, OSError) as error:
             assert type(error) in (ValueError, OSError), f"file {number}: {type(error).__name__}: {error}"
             assert 20 < len(str(error)) < 2_000, f"file {number}: {str(error)[:500]}"
@@ -191,6 +191,7 @@ def test_mutated_files(tmp_path):
             pytest.fail(f"file {number} ({config[:300]!r}, {weights[:300]!r}): {type(error).__name__}: {error}")
         else:
             read += 1
+            (context,) = tensors.values()
             expected = (found.n_ctx,) if not found.class_specific else (len(found.class_names), found.n_ctx)
             assert context.shape[:-1] == expected and context.dtype == torch.float32
             assert torch.isfinite(context).all() and context.numel() <= len(weights)

@@ -5,6 +5,7 @@ What reads or depends on environment variables of `huggingface_hub`, which are r
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from conftest import make_base
 from hub_server import HubServer
 
 from coop_hf import CoOpConfig, CoOpModel
+from coop_hf.files.adapter_files import read_adapter
 from coop_hf.files.publish import push_to_hub
 from coop_hf.hub import find_file, has_file
 
@@ -357,6 +359,89 @@ def test_a_cached_base_is_told_from_an_adapter_offline(here, base_folder, tmp_pa
     assert not has_file("ada/tiny-clip", "adapter_config.json", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
+def gets(hub):
+    return [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
+
+
+@pytest.mark.parametrize("lfs", [(), ("adapter_model.safetensors",)], ids=["git", "lfs"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_flipped_bit_is_found_and_the_file_fetched_again(here, published, tmp_path, lfs, times):
+    name = "adapter_model.safetensors"
+    expected = (published / name).read_bytes()
+    here.add_repo("ada/flowers", {name: expected}, lfs=lfs)
+    here.fail("GET", name, drop="flip", times=times)
+    if times == 1:
+        assert read(tmp_path, name) == expected and len(gets(here)) == 2, gets(here)
+    else:
+        with pytest.raises(OSError, match="arrived damaged twice: its hash is not the one that the Hub gives"):
+            read(tmp_path, name)
+        assert not list((tmp_path / "cache").rglob(f"snapshots/*/{name}")), "nothing damaged stays"
+    assert read(tmp_path, name) == expected
+    before = gets(here)
+    assert read(tmp_path, name, local_files_only=True) == expected and gets(here) == before
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_file_that_was_damaged_in_the_cache(here, published, tmp_path, monkeypatch, large):
+    """Small ones are looked at whenever they are read, large ones when they arrive."""
+    monkeypatch.setattr("coop_hf.hub.MAX_CHECKED_BYTES", 0 if large else 1 << 26)
+    expected = read(tmp_path)
+    path = find_file("ada/flowers", "adapter_config.json", cache_dir=tmp_path / "cache")
+    with open(path, "rb+") as file:
+        file.write(b"X")
+    if large:
+        assert read(tmp_path) == b"X" + expected[1:]
+        return
+    with pytest.raises(OSError, match="is not in the cache"):
+        read(tmp_path, local_files_only=True)
+    assert read(tmp_path) == expected
+
+
+LOGIN = b"<html><body>Welcome to our network, please log in</body></html>"
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_login_page_is_no_file(here, published, tmp_path, method):
+    here.fail(method, "/resolve/", status=200, body=LOGIN, times=1000)
+    with pytest.raises(OSError, match="does not seem to be served by|Consistency check failed"):
+        read(tmp_path)
+    here.faults.clear()
+    assert read(tmp_path) == (published / "adapter_config.json").read_bytes()
+
+
+def test_both_files_are_of_one_commit(here, published, tmp_path, base, processor):
+    """Somebody pushes between the two downloads."""
+    second = tmp_path / "second"
+    make_model(base, processor, ["yak", "gnu"], seed=1).save_pretrained(second)
+    first = (published / "adapter_model.safetensors").read_bytes()
+    dispatch = here._fault
+
+    def pushes(method, path):
+        if method == "HEAD" and "adapter_model" in path:
+            here._fault = dispatch
+            here.add_folder("ada/flowers", second)
+        return dispatch(method, path)
+
+    here._fault = pushes
+    config, tensors = read_adapter("ada/flowers", cache_dir=tmp_path / "cache")
+    assert config.class_names == NAMES and here.files("ada/flowers")["adapter_model.safetensors"] != first
+    assert read_adapter("ada/flowers", cache_dir=tmp_path / "cache")[0].class_names == ["yak", "gnu"]
+
+
+@pytest.mark.parametrize("name", ["models/clip", "clip"])
+def test_a_base_named_on_the_hub_is_not_taken_from_the_working_folder(
+    here, base_folder, base, processor, tmp_path, monkeypatch, name
+):
+    make_model(base, processor, name=name).save_pretrained(tmp_path / "adapter")
+    here.add_folder("ada/flowers", tmp_path / "adapter")
+    shutil.copytree(base_folder, tmp_path / "work" / name)
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(ValueError, match=f"names the base model '{name}', and '.*' is on this machine: pass `base_m"):
+        CoOpModel.from_pretrained("ada/flowers", cache_dir=tmp_path / "cache")
+    model = CoOpModel.from_pretrained("ada/flowers", base_model=os.path.abspath(name), cache_dir=tmp_path / "cache")
+    assert model.class_names == NAMES
+
+
 @pytest.mark.parametrize("path", ["../evil.json", "/etc/evil.json"])
 def test_hostile_file_names_of_a_repository_are_never_asked_for(here, published, tmp_path, path):
     here.add_repo("ada/flowers", {path: b"{}"})
@@ -403,6 +488,24 @@ def test_a_failed_push_changes_nothing_and_can_be_repeated(
     # Never half: each commit has all the files of the push, or none.
     for commit in here.repos["ada/flowers"].commits.values():
         assert len(commit.files) in (1, 4)
+
+
+@pytest.mark.parametrize("body", [LOGIN, b"", b"[]", b"{}", b"null", b'"ok"'], ids=str)
+@pytest.mark.parametrize("pattern", ["repos/create", "validate-yaml", "preupload", "/commit/", "lfs/objects/batch"])
+def test_an_answer_that_is_not_the_hubs(here, token, base, processor, tmp_path, pattern, body):
+    """A network that asks for a login answers 200 with a page."""
+    large = {"names": [f"class {i}" for i in range(30)], "class_specific": True} if "lfs" in pattern else {}
+    model = make_model(base, processor, **large)
+    here.fail("POST", pattern, status=200, body=body, times=1)
+    try:
+        push_to_hub(model, "ada/flowers", token=token)
+    except OSError as error:
+        assert "could not push to 'ada/flowers'" in str(error) and "Nothing on this machine was changed" in str(error)
+    else:
+        assert pattern == "validate-yaml" or body != LOGIN, "what the client does not read may be anything"
+    here.faults.clear()
+    push_to_hub(model, "ada/flowers", token=token)
+    assert "adapter_model.safetensors" in here.files("ada/flowers")
 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"drop": "before"}, {"status": 429}], ids=str)

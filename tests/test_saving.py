@@ -1,9 +1,12 @@
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import stat
 import struct
+import time
 import warnings
 from pathlib import Path
 
@@ -13,12 +16,12 @@ from conftest import make_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from coop_hf import CoOpConfig, CoOpModel, __version__
 from coop_hf.atomic import write_atomically
-from coop_hf.files.adapter_files import WEIGHTS_KEY, read_adapter, write_adapter
+from coop_hf.files.adapter_files import WEIGHTS_KEY, bind_adapter, check_adapter, read_adapter, write_adapter
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +38,7 @@ def image_embeds():
 def adapter(tmp_path):
     """A sound adapter's folder, to be damaged."""
     folder = tmp_path / "adapter"
-    write_adapter(folder, CoOpConfig(n_ctx=4, class_names=NAMES), torch.randn(4, 32))
+    write_adapter(folder, CoOpConfig(n_ctx=4, class_names=NAMES), {WEIGHTS_KEY: torch.randn(4, 32)})
     return folder
 
 
@@ -73,7 +76,7 @@ def test_saved_from_any_dtype(tokenizer, tmp_path, dtype):
     with torch.no_grad():
         model.context.copy_(torch.randn(3, 32))
     model.save_pretrained(tmp_path)
-    _, context = read_adapter(tmp_path)
+    context = read_adapter(tmp_path)[1][WEIGHTS_KEY]
     assert context.dtype == torch.float32 and torch.equal(context, model.context)
     for other in (torch.float32, torch.float16):
         base = make_base(tokenizer).to(other)
@@ -85,7 +88,7 @@ def test_saved_from_any_dtype(tokenizer, tmp_path, dtype):
 def test_a_context_stored_in_half_precision_loads(adapter, dtype):
     values = torch.randn(4, 32).to(dtype)
     save_file({WEIGHTS_KEY: values}, adapter / WEIGHTS)
-    _, context = read_adapter(adapter)
+    context = read_adapter(adapter)[1][WEIGHTS_KEY]
     assert context.dtype == torch.float32 and torch.equal(context, values.float())
 
 
@@ -107,7 +110,11 @@ def test_exact_files(base_folder, tmp_path):
     text = (tmp_path / CONFIG).read_text(encoding="utf-8")
     assert text == json.dumps(expected, indent=2, ensure_ascii=False) + "\n", "sorted keys, two spaces"
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
-        assert list(file.keys()) == ["prompt_embeddings"] and file.metadata() == {"format": "pt"}
+        assert list(file.keys()) == ["prompt_embeddings"] and set(file.metadata()) == {
+            "format",
+            "config_sha256",
+            "base_sha256",
+        }
         assert file.get_slice("prompt_embeddings").get_dtype() == "F32"
         assert torch.equal(file.get_tensor("prompt_embeddings"), model.context)
 
@@ -116,10 +123,10 @@ def test_size_and_independence_of_the_class_list(tmp_path):
     """16 vectors of 512 numbers of 4 bytes and a header, whatever the classes."""
     for count in (1, 1000):
         config = CoOpConfig(class_names=[f"class {i}" for i in range(count)])
-        write_adapter(tmp_path / str(count), config, torch.zeros(16, 512))
+        write_adapter(tmp_path / str(count), config, {WEIGHTS_KEY: torch.zeros(16, 512)})
         size = os.path.getsize(tmp_path / str(count) / WEIGHTS)
-        assert 16 * 512 * 4 < size < 16 * 512 * 4 + 300
-    assert (tmp_path / "1" / WEIGHTS).read_bytes() == (tmp_path / "1000" / WEIGHTS).read_bytes()
+        assert 16 * 512 * 4 < size < 16 * 512 * 4 + 400
+    assert len((tmp_path / "1" / WEIGHTS).read_bytes()) == len((tmp_path / "1000" / WEIGHTS).read_bytes())
 
 
 def test_a_context_without_classes(base_folder, tmp_path, image_embeds):
@@ -309,9 +316,14 @@ def test_a_base_offloaded_to_disk(base_folder, image_embeds, tmp_path, offloaded
 # ---------------------------------------------------------------- damaged files
 
 
-def edit(folder, **values):
+def edit_config(folder, **values):
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps({**config, **values}), encoding="utf-8")
+
+
+def edit(folder, **values):
+    edit_config(folder, **values)
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)  # as a stranger's program writes it: bound to nothing
 
 
 def with_header(header, data=b"", size=None):
@@ -360,21 +372,22 @@ def test_truncated_weights(adapter, length):
         read_adapter(adapter)
 
 
+@pytest.mark.filterwarnings("ignore:.*names another base model")
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_weights_with_any_damage(tmp_path_factory, data):
     """Flipped bytes give a clear error or a context of the right kind, never another exception."""
     folder = tmp_path_factory.mktemp("damaged")
-    write_adapter(folder, CoOpConfig(n_ctx=2), torch.zeros(2, 3))
+    write_adapter(folder, CoOpConfig(n_ctx=2), {WEIGHTS_KEY: torch.zeros(2, 3)})
     content = bytearray((folder / WEIGHTS).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     length = data.draw(st.just(len(content)) | st.integers(0, len(content)))
     (folder / WEIGHTS).write_bytes(bytes(content[:length]))
     try:
-        _, context = read_adapter(folder)
+        context = read_adapter(folder)[1][WEIGHTS_KEY]
     except ValueError as error:
-        assert "not a usable adapter" in str(error)
+        assert "not a usable adapter" in str(error) or "not of one save" in str(error)
     else:
         assert context.shape[0] == 2 and context.dtype == torch.float32 and torch.isfinite(context).all()
 
@@ -449,6 +462,204 @@ def test_a_missing_file(adapter, base, tokenizer):
         CoOpModel.from_pretrained(adapter, base_model=base, processor=tokenizer)
 
 
+# ---------------------------------------------------------------- two files, one adapter
+
+
+def test_the_same_adapter_is_the_same_bytes(tmp_path):
+    """safetensors' own order of the metadata is of chance: of 12 files, all equal."""
+    config = CoOpConfig(n_ctx=4, class_names=NAMES)
+    files = set()
+    for i in range(12):
+        write_adapter(tmp_path / str(i), config, {WEIGHTS_KEY: torch.ones(4, 32)})
+        files.add((tmp_path / str(i) / WEIGHTS).read_bytes())
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("first", [CONFIG, WEIGHTS])
+def test_files_of_two_saves_are_not_mixed(tmp_path, first):
+    """The same shapes, other classes: what a kill between two renames would leave."""
+    write_adapter(tmp_path / "a", CoOpConfig(n_ctx=4, class_names=["cat", "dog"]), {WEIGHTS_KEY: torch.ones(4, 32)})
+    write_adapter(tmp_path / "b", CoOpConfig(n_ctx=4, class_names=["dog", "cat"]), {WEIGHTS_KEY: torch.zeros(4, 32)})
+    shutil.copy(tmp_path / "a" / first, tmp_path / "b" / first)
+    with pytest.raises(ValueError, match="are not of one save: .*bind_adapter"):
+        read_adapter(tmp_path / "b")
+    with pytest.raises(ValueError, match="are not of one save"):
+        check_adapter(tmp_path / "b")
+    bind_adapter(tmp_path / "b")
+    config, tensors = read_adapter(tmp_path / "b")
+    assert config.class_names == (["cat", "dog"] if first == CONFIG else ["dog", "cat"])
+    assert tensors[WEIGHTS_KEY].unique().tolist() == [0.0 if first == CONFIG else 1.0]
+
+
+def test_the_base_may_be_renamed_by_hand(tmp_path):
+    write_adapter(tmp_path, CoOpConfig(n_ctx=4, base_model_name_or_path="/my/clip"), {WEIGHTS_KEY: torch.ones(4, 32)})
+    text = (tmp_path / CONFIG).read_text()
+    (tmp_path / CONFIG).write_text(text.replace("/my/clip", "ada/clip").replace("\n", "\r\n"))
+    with pytest.warns(UserWarning, match="names another base model than when it was saved .'ada/clip' now."):
+        assert read_adapter(tmp_path)[0].base_model_name_or_path == "ada/clip"
+    bind_adapter(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_adapter(tmp_path)
+
+
+def test_a_full_disk_at_the_second_file_changes_neither(tmp_path, monkeypatch):
+    write_adapter(tmp_path, CoOpConfig(n_ctx=4, class_names=["cat"]), {WEIGHTS_KEY: torch.zeros(4, 32)})
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    synced = []
+
+    def full(handle):
+        synced.append(handle)
+        if len(synced) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_adapter(tmp_path, CoOpConfig(n_ctx=4, class_names=["dog"]), {WEIGHTS_KEY: torch.ones(4, 32)})
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_temporary_files_of_a_kill_are_swept(tmp_path):
+    config, tensors = CoOpConfig(n_ctx=4), {WEIGHTS_KEY: torch.ones(4, 32)}
+    old, new = tmp_path / f".{WEIGHTS}.abcd_123", tmp_path / f".{CONFIG}.efgh4567"
+    mine = tmp_path / f".{WEIGHTS}.backup"
+    for path in (old, new, mine):
+        path.write_text("half")
+    os.utime(old, (1, 1))
+    os.utime(mine, (1, 1))
+    write_adapter(tmp_path, config, tensors)
+    assert sorted(os.listdir(tmp_path)) == sorted([new.name, mine.name, CONFIG, WEIGHTS])
+
+
+def test_savers_and_readers_at_once_never_mix(tmp_path):
+    """Two threads save adapters whose class name tells their vectors; whoever reads finds them together."""
+    from threading import Event, Thread
+
+    done, problems = Event(), []
+
+    def save(number):
+        for i in range(40):
+            value = 100 * number + i
+            config = CoOpConfig(n_ctx=2, class_names=[f"class {value}"])
+            write_adapter(tmp_path, config, {WEIGHTS_KEY: torch.full((2, 4), float(value))})
+
+    def read():
+        while not done.is_set():
+            try:
+                config, tensors = read_adapter(tmp_path)
+                if config.class_names != [f"class {int(tensors[WEIGHTS_KEY][0, 0])}"]:
+                    problems.append(f"{config.class_names} with {tensors[WEIGHTS_KEY][0, 0]}")
+            except Exception as error:
+                problems.append(error)
+
+    write_adapter(tmp_path, CoOpConfig(n_ctx=2, class_names=["class 7"]), {WEIGHTS_KEY: torch.full((2, 4), 7.0)})
+    savers, readers = [Thread(target=save, args=(k,)) for k in (1, 2)], [Thread(target=read) for _ in range(2)]
+    for thread in savers + readers:
+        thread.start()
+    for thread in savers:
+        thread.join()
+    done.set()
+    for thread in readers:
+        thread.join()
+    assert not problems, problems[:3]
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+# ---------------------------------------------------------------- any method: several tensors
+
+
+@pytest.fixture
+def wave(monkeypatch):
+    from dataclasses import dataclass
+
+    from coop_hf.config import CONFIGS, PromptConfig
+
+    monkeypatch.setattr("coop_hf.config.CONFIGS", dict(CONFIGS))
+
+    @dataclass
+    class WaveConfig(PromptConfig, method="wave"):
+        height: int = 3
+
+    return WaveConfig
+
+
+def test_several_tensors(wave, tmp_path):
+    tensors = {"deep.0": torch.randn(4, 32), "coupling.bias": torch.randn(8), "scale": torch.tensor(2.0)}
+    write_adapter(tmp_path, wave(class_names=["cat"]), tensors)
+    shapes = {"deep.0": (4, None), "coupling.bias": (8,), "scale": ()}
+    for expected in (None, shapes):
+        config, found = read_adapter(tmp_path, expected)
+        assert config == wave(class_names=["cat"]) == check_adapter(tmp_path, expected)
+        assert set(found) == set(tensors) and all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"deep.0": (4, 31), "bias": (8,)}, r"'deep.0' has the shape \(4, 32\), and the model expects \(4, 31\)"),
+        ({"deep.0": (None, 4, 32), "bias": (8,)}, r"expects \(dim, 4, 32\)"),
+        ({"deep.0": (4, 32)}, r"holds \['bias', 'deep.0'\], expected the one tensor 'deep.0'"),
+        ({"deep.0": (4, 32), "bias": (8,), "x": ()}, "expected the tensors 'bias', 'deep.0', 'x'"),
+    ],
+)
+def test_other_shapes_than_the_model_expects(wave, tmp_path, expected, message):
+    write_adapter(tmp_path, wave(), {"deep.0": torch.randn(4, 32), "bias": torch.randn(8)})
+    for function in (read_adapter, check_adapter):
+        with pytest.raises(ValueError, match=message):
+            function(tmp_path, expected)
+
+
+def test_what_is_not_finite_is_named(wave, tmp_path):
+    with pytest.raises(ValueError, match="'b' holds NaN or infinite values and is not saved"):
+        write_adapter(tmp_path / "new", wave(), {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_header_is_checked_without_reading_values(adapter):
+    save_file({WEIGHTS_KEY: torch.full((4, 32), torch.nan)}, adapter / WEIGHTS)
+    assert check_adapter(adapter).n_ctx == 4
+    save_file({WEIGHTS_KEY: torch.zeros(5, 32)}, adapter / WEIGHTS)
+    with pytest.raises(ValueError, match=r"shape \(5, 32\), and its configuration asks for \(4, dim\)"):
+        check_adapter(adapter)
+
+
+# ---------------------------------------------------------------- what claims to be large
+
+
+def sparse(path, key, shape, item=4):
+    length = item * math.prod(shape)
+    header = json.dumps({key: {"dtype": "F32", "shape": shape, "data_offsets": [0, length]}}).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + length)
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "dim", "message"),
+    [
+        (4, 100_000_000, r"shape \(4, 100000000\), and its configuration asks for \(4, dim\)"),
+        (4096, 16_384, "says that it has 268,435,5.. bytes, and .* are on the disk"),
+    ],
+)
+def test_a_file_that_is_not_really_there(adapter, n_ctx, dim, message):
+    (adapter / WEIGHTS).unlink()
+    edit_config(adapter, n_ctx=n_ctx)
+    sparse(adapter / WEIGHTS, WEIGHTS_KEY, [n_ctx, dim])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        read_adapter(adapter)
+    assert time.monotonic() - started < 1
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 50, "megabytes"
+
+
+def test_more_values_than_any_adapter_has(wave, tmp_path):
+    wave().save_pretrained(tmp_path)
+    sparse(tmp_path / WEIGHTS, "deep", [2**10, 2**19])
+    with pytest.raises(ValueError, match="claims 536,870,912 values; an adapter has at most 268,435,456"):
+        read_adapter(tmp_path)
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -519,16 +730,16 @@ def test_a_file_where_the_folder_should_be(base, tokenizer, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_context_of_any_dtype_is_stored_as_fp32(tmp_path, dtype):
     context = torch.randn(4, 32).to(dtype)
-    write_adapter(tmp_path, CoOpConfig(n_ctx=4), context)
+    write_adapter(tmp_path, CoOpConfig(n_ctx=4), {WEIGHTS_KEY: context})
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert torch.equal(file.get_tensor(WEIGHTS_KEY), context.float())
-    assert os.path.getsize(tmp_path / WEIGHTS) < 4 * 32 * 4 + 300
+    assert os.path.getsize(tmp_path / WEIGHTS) < 4 * 32 * 4 + 400
 
 
 def test_a_context_that_is_no_contiguous_memory(tmp_path):
     context = torch.randn(32, 4, requires_grad=True).T
-    write_adapter(tmp_path, CoOpConfig(n_ctx=4), context)
-    assert torch.equal(read_adapter(tmp_path)[1], context)
+    write_adapter(tmp_path, CoOpConfig(n_ctx=4), {WEIGHTS_KEY: context})
+    assert torch.equal(read_adapter(tmp_path)[1][WEIGHTS_KEY], context)
 
 
 # ---------------------------------------------------------------- one adapter of every format version, for ever
@@ -540,7 +751,8 @@ def test_adapters_of_every_format_version_load(base, tokenizer, image_embeds, ve
     folder = DATA / f"adapter_v{version}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config, context = read_adapter(folder)
+        config, tensors = read_adapter(folder)
+        context = tensors[WEIGHTS_KEY]
         model = CoOpModel.from_pretrained(folder, base_model=base, processor=tokenizer)
     assert config == CoOpConfig(
         n_ctx=4,
@@ -559,7 +771,8 @@ def test_adapters_of_every_format_version_load(base, tokenizer, image_embeds, ve
 
 def test_a_class_specific_adapter_of_format_version_1(base, tokenizer):
     folder = DATA / "adapter_v1" / "own"
-    config, context = read_adapter(folder)
+    config, tensors = read_adapter(folder)
+    context = tensors[WEIGHTS_KEY]
     assert config.class_specific and config.class_names == ["cat", "dog (cat)"] and config.ctx_init == "a photo"
     assert torch.equal(context, (torch.arange(128).reshape(2, 2, 32) - 64) / 256)
     model = CoOpModel.from_pretrained(folder.parent, subfolder="own", base_model=base, processor=tokenizer)

@@ -380,7 +380,7 @@ def test_a_loss_of_nan_stops_and_leaves_the_last_checkpoint(base, processor, tmp
     )
     with pytest.raises(FloatingPointError, match="step 4.*checkpoint-2.* is good"):
         trainer.train()
-    _, context = read_adapter(tmp_path / "checkpoint-2")
+    context = read_adapter(tmp_path / "checkpoint-2")[1]["prompt_embeddings"]
     assert torch.isfinite(context).all()
 
 
@@ -529,7 +529,7 @@ def run_processes(folder, processes, count, given):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    return read_adapter(folder)[1], torch.load(folder / "metrics.pt", weights_only=True)
+    return read_adapter(folder)[1]["prompt_embeddings"], torch.load(folder / "metrics.pt", weights_only=True)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,12 @@ class Adapter(nn.Module):
             for name, value in own.items():
                 value.copy_(tensors[name])
 
+    def expected_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """The shapes of `learned_state` by name; of the context's width, a mistake in which has a message of its own,
+        `None`."""
+        own = {_KEYS.get(name, name): tuple(value.shape) for name, value in self.state_dict().items()}
+        return {k: (*shape[:-1], None) if k == _KEYS["context"] else shape for k, shape in own.items()}
+
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises `ValueError` unless names and shapes are those of what this adapter learns."""
         own = {_KEYS.get(name, name): tuple(value.shape) for name, value in self.state_dict().items()}

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from ..checks import check_class_names, clean_class_name
 from ..config import CoOpConfig, PromptConfig
 from ..core.class_prompts import ClassPrompts
 from ..core.families import Family
-from ..files.adapter_files import read_adapter, write_adapter
+from ..files.adapter_files import Shapes, check_adapter, read_adapter, write_adapter
 from ..files.model_card import write_card
 from .base import Adapter, get_adapter_class
 
@@ -100,7 +100,7 @@ class AdapterModel(nn.Module):
         adapter_name: str,
         config: PromptConfig | None,
         class_names: list[str] | None = None,
-        tensors: dict[str, Tensor] | None = None,
+        tensors: dict[str, Tensor] | Callable[[Shapes], dict[str, Tensor]] | None = None,
         is_trainable: bool = True,
     ) -> None:
         _check_new_name(adapter_name, self.adapters)
@@ -117,7 +117,7 @@ class AdapterModel(nn.Module):
         else:
             with torch.random.fork_rng(devices=[]):  # the start that is drawn here is not used
                 adapter = adapter_class(config, self.family, self.tokenizer)
-            adapter.load_learned_state(tensors)
+            adapter.load_learned_state(tensors(adapter.expected_shapes()) if callable(tensors) else tensors)
         adapter.is_trainable = is_trainable
         if config.class_names is not None:
             adapter.class_prompts = self._make_prompts(adapter, config.class_names)
@@ -145,7 +145,7 @@ class AdapterModel(nn.Module):
             ValueError: the adapter is damaged, or was made for a base of another width.
         """
         _check_new_name(adapter_name, self.adapters)
-        config, tensors = read_adapter(name_or_path, **kwargs)
+        config = check_adapter(name_or_path, **kwargs)
         own, other = self.base_model.config._name_or_path, config.base_model_name_or_path
         if own and other and own != other:
             logger.warning(
@@ -154,7 +154,12 @@ class AdapterModel(nn.Module):
                 other,
                 own,
             )
-        self._add(adapter_name, config, tensors=tensors, is_trainable=is_trainable)
+        self._add(
+            adapter_name,
+            config,
+            tensors=lambda expected: read_adapter(name_or_path, expected, **kwargs)[1],
+            is_trainable=is_trainable,
+        )
         if class_names is not None:
             try:
                 self.set_class_names(class_names, adapter_name)

@@ -1,102 +1,269 @@
-"""Files to adapters and back: `adapter_config.json` and `adapter_model.safetensors`, nothing else, nothing pickled."""
+"""Files to adapters and back: `adapter_config.json` and `adapter_model.safetensors`, nothing else, nothing pickled.
 
+The weights hold the hash of the configuration that they were saved with, so that vectors of one save are never read
+with the class names of another. Adapters of before it was written have none, and load as they did.
+"""
+
+import hashlib
+import json
+import math
 import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..atomic import save_tensors, write_atomically
-from ..config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CoOpConfig
-from ..hub import find_file
+from ..atomic import locked, save_tensors, write_together
+from ..checks import check_not_sparse, is_finite, some
+from ..config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CoOpConfig, PromptConfig, read_json
+from ..hub import find_file, is_hub_id
 
 
-__all__ = ["WEIGHTS_KEY", "read_adapter", "write_adapter"]
+__all__ = ["WEIGHTS_KEY", "base_of", "bind_adapter", "check_adapter", "read_adapter", "write_adapter"]
 
 WEIGHTS_KEY = "prompt_embeddings"
 
+Shapes = Mapping[str, Sequence[int | None]]
+
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 
-_MAX_HEADER_BYTES = 1 << 16  # one tensor and a line of metadata
+# Bounds on a stranger's file, far above any real adapter: ImageNet-21k, class-specific, 16 vectors of 768 numbers.
+_MAX_HEADER_BYTES = 1 << 16
+
+MAX_VALUES = 1 << 28
+
+MAX_DIM = 1 << 14
+
+_COMMIT = re.compile(r"[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]")
+
+# The keys that may be changed by hand: where the base is found says nothing of what was learned for it.
+_FREE_KEYS = ("base_model_name_or_path", "revision", "coop_hf_version")
 
 
-def write_adapter(save_directory: str | os.PathLike, config, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes one adapter into a folder, which is made if missing. Each file appears whole or not at all.
+def write_adapter(
+    save_directory: str | os.PathLike, config: PromptConfig, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes one adapter into a folder, which is made if missing. Both files change together or not at all.
 
     Args:
         save_directory (`str` or `os.PathLike`): the folder.
-        config (`CoOpConfig`): its configuration.
-        context (`torch.Tensor`): `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`, any dtype and device; stored as fp32
-            under the key `prompt_embeddings`.
+        config (`PromptConfig`): its configuration.
+        tensors (`dict[str, torch.Tensor]`): what was learned, of any dtype and device, under the keys of the file;
+            stored as fp32. CoOp's is `prompt_embeddings`, `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`.
 
     Raises:
-        ValueError: the context holds NaN or infinity.
+        ValueError: a tensor holds NaN or infinity; nothing is written.
+        OSError: the disk is full, or the folder cannot be written to; the adapter that was there stays.
     """
-    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
-    if not all(torch.isfinite(value).all() for value in tensors.values()):
-        raise ValueError("the context holds NaN or infinite values and is not saved: training has diverged.")
+    stored = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
+    for key, value in stored.items():
+        if not is_finite(value):
+            raise ValueError(f"{key!r} holds NaN or infinite values and is not saved: training has diverged.")
+    text = config.to_json()
+    metadata = {"format": "pt", **_binding(json.loads(text))}
     os.makedirs(save_directory, exist_ok=True)
-    with write_atomically(os.path.join(save_directory, ADAPTER_WEIGHTS_NAME)) as path:
-        save_tensors(tensors, path, metadata={"format": "pt"})
-    with write_atomically(os.path.join(save_directory, ADAPTER_CONFIG_NAME)) as path:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(config.to_json())
+    weights_path = os.path.join(save_directory, ADAPTER_WEIGHTS_NAME)
+    with write_together(weights_path, os.path.join(save_directory, ADAPTER_CONFIG_NAME)) as (weights, configuration):
+        save_tensors(stored, weights, metadata)
+        with open(configuration, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
-def read_adapter(name_or_path: str | os.PathLike, **kwargs) -> tuple[CoOpConfig, dict[str, torch.Tensor]]:
+def read_adapter(
+    name_or_path: str | os.PathLike, expected: Shapes | None = None, **kwargs: Any
+) -> tuple[PromptConfig, dict[str, torch.Tensor]]:
     """Reads one adapter from a local folder, the cache or the Hub.
 
-    The file may come from a stranger: header, key, dtype, shape and size are checked before any value is read.
+    The files may come from a stranger: header, keys, dtypes, shapes and sizes are checked before any value is read.
 
     Args:
         name_or_path (`str` or `os.PathLike`): folder or Hub id.
+        expected (`dict[str, tuple[int | None, ...]]`, *optional*): the shapes of all tensors; `None` in a shape fits
+            any length. For CoOp the configuration says it.
         kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Returns:
-        its `CoOpConfig` and its context, fp32, on the CPU.
+        its configuration and its tensors by key, fp32, on the CPU.
 
     Raises:
         ValueError: the files contradict each other or the format; says how.
     """
-    config = CoOpConfig.from_json_file(find_file(name_or_path, ADAPTER_CONFIG_NAME, **kwargs))
-    if config.n_ctx is None:
-        raise ValueError(f"the {ADAPTER_CONFIG_NAME} of {os.fspath(name_or_path)!r} does not say `n_ctx`.")
-    if config.class_specific and config.class_names is None:
+    return _read(name_or_path, expected, kwargs)
+
+
+def check_adapter(name_or_path: str | os.PathLike, expected: Shapes | None = None, **kwargs: Any) -> PromptConfig:
+    """The configuration of an adapter, once the header of its weights is checked as by [`read_adapter`].
+
+    No value is read: what a damaged or hostile adapter is refused for shows before its base model is loaded.
+    """
+    return _read(name_or_path, expected, kwargs, with_values=False)[0]
+
+
+def bind_adapter(folder: str | os.PathLike) -> None:
+    """Declares that the two files of an adapter go together, after its configuration was changed by hand.
+
+    Args:
+        folder (`str` or `os.PathLike`): a local folder.
+    """
+    write_adapter(folder, *_read(folder, None, {}, is_bound=False))
+
+
+def base_of(config: PromptConfig, name_or_path: str | os.PathLike) -> str:
+    """The base model that an adapter names, where it may be followed.
+
+    An adapter from the Hub may name a base on the Hub alone: it never chooses among the folders of this machine.
+
+    Args:
+        config (`PromptConfig`): the adapter's configuration.
+        name_or_path (`str` or `os.PathLike`): what the adapter was read from.
+
+    Raises:
+        ValueError: it names none, or a local path, or a folder of that name is here; pass `base_model=`.
+    """
+    name, base = os.fspath(name_or_path), config.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"the adapter {name!r} does not name its base model: pass `base_model=`.")
+    if os.path.isdir(name):
+        return base
+    if not is_hub_id(base):
         raise ValueError(
-            f"the {ADAPTER_CONFIG_NAME} of {os.fspath(name_or_path)!r} is class-specific but names no classes."
+            f"the adapter {name!r} from the Hub names a local path as its base model ({base!r}); such a path is not "
+            "followed. Pass `base_model=` to say which base you mean."
         )
-    return config, {WEIGHTS_KEY: _read_context(find_file(name_or_path, ADAPTER_WEIGHTS_NAME, **kwargs), config)}
+    if os.path.exists(base):
+        raise ValueError(
+            f"the adapter {name!r} from the Hub names the base model {base!r}, and {os.path.abspath(base)!r} is on "
+            "this machine: pass `base_model=` with the absolute path to take that, or work in another folder to take "
+            "the one on the Hub."
+        )
+    return base
 
 
-def _read_context(path: str, config: CoOpConfig) -> torch.Tensor:
+def _read(
+    name_or_path: str | os.PathLike,
+    expected: Shapes | None,
+    kwargs: dict[str, Any],
+    with_values: bool = True,
+    is_bound: bool = True,
+) -> tuple[PromptConfig, dict[str, torch.Tensor]]:
+    name = os.fspath(name_or_path)
+    config_path = find_file(name, ADAPTER_CONFIG_NAME, **kwargs)
+    commit = None if os.path.isdir(name) else _COMMIT.search(config_path)
+    if commit:  # both files of one commit, whatever is pushed meanwhile
+        kwargs = {**kwargs, "revision": commit[1]}
+    # On this machine nobody changes one of the two files between their readings.
+    with nullcontext() if commit else locked(os.path.dirname(config_path), shared=True):
+        values = read_json(config_path)
+        config = PromptConfig.from_dict(values)
+        shapes = _shapes(config, name)
+        path = find_file(name, ADAPTER_WEIGHTS_NAME, **kwargs)
+        metadata, tensors = _read_weights(path, shapes, expected, with_values)
+    if is_bound:
+        _check_binding(values, metadata, name)
+    return config, tensors
+
+
+def _shapes(config: PromptConfig, name: str) -> Shapes | None:
+    """The shapes that the configuration alone says: CoOp's."""
+    if not isinstance(config, CoOpConfig):
+        return None
+    if config.n_ctx is None:
+        raise ValueError(f"the {ADAPTER_CONFIG_NAME} of {name!r} does not say `n_ctx`.")
+    if config.class_specific and config.class_names is None:
+        raise ValueError(f"the {ADAPTER_CONFIG_NAME} of {name!r} is class-specific but names no classes.")
+    if config.method != "coop":
+        return None
+    classes = (len(config.class_names),) if config.class_specific and config.class_names else ()
+    return {WEIGHTS_KEY: (*classes, config.n_ctx, None)}
+
+
+def _read_weights(
+    path: str, shapes: Shapes | None, expected: Shapes | None, with_values: bool
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     problem = f"{path} is not a usable adapter: "
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
+    with open(path, "rb") as raw:
+        header_size = int.from_bytes(raw.read(8), "little")
     if size < 8 or header_size > min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(
-            problem + f"it has {size:,} bytes and announces a header of {header_size:,}; the file is cut off, or no "
-            "safetensors file."
+            problem + f"it has {size:,} bytes and announces a header of {header_size:,}; the file is cut off, "
+            "or no safetensors file."
         )
+    tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            if keys != [WEIGHTS_KEY]:
-                raise ValueError(problem + f"it holds {keys[:5]}, expected the one tensor {WEIGHTS_KEY!r}.")
-            entry = file.get_slice(WEIGHTS_KEY)
-            dtype, shape = entry.get_dtype(), entry.get_shape()
-            expected = [config.n_ctx]
-            if config.class_specific:
-                expected = [len(config.class_names), config.n_ctx]
-            if len(shape) != len(expected) + 1 or shape[:-1] != expected or shape[-1] < 1:
-                raise ValueError(
-                    problem + f"its context has the shape {tuple(shape)}, and its configuration asks for "
-                    f"({', '.join(map(str, expected))}, dim)."
-                )
-            if dtype not in _DTYPES:
-                raise ValueError(problem + f"its context has the dtype {dtype}, expected F32, F16 or BF16.")
-            context = file.get_tensor(WEIGHTS_KEY).float()
+            found = {key: file.get_slice(key) for key in file.keys()}
+            sizes = {key: tuple(entry.get_shape()) for key, entry in found.items()}
+            if shapes is not None:
+                _check_shapes(problem, sizes, shapes, "its configuration asks for")
+            if expected is not None:
+                _check_shapes(problem, sizes, expected, "the model expects")
+            for key, entry in found.items():
+                if entry.get_dtype() not in _DTYPES:
+                    raise ValueError(
+                        problem + f"{key[:80]!r} has the dtype {entry.get_dtype()}, expected F32, F16 or BF16."
+                    )
+            count = sum(math.prod(shape) for shape in sizes.values())
+            if count > MAX_VALUES:
+                raise ValueError(problem + f"it claims {count:,} values; an adapter has at most {MAX_VALUES:,}.")
+            check_not_sparse(path, problem)
+            for key in found if with_values else ():
+                tensors[key] = file.get_tensor(key).float()
+                if not is_finite(tensors[key]):
+                    raise ValueError(
+                        problem + f"{key[:80]!r} holds NaN or infinite values; the training that made it diverged."
+                    )
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(problem + f"{str(error)[:200]}.") from None
-    if not torch.isfinite(context).all():
-        raise ValueError(problem + "its context holds NaN or infinite values; the training that made it diverged.")
-    return context
+    return metadata, tensors
+
+
+def _check_shapes(problem: str, found: Mapping[str, tuple[int, ...]], shapes: Shapes, who: str) -> None:
+    if set(found) != set(shapes):
+        keys = sorted(key[:80] for key in found)
+        wanted = (
+            f"the one tensor {next(iter(shapes))!r}" if len(shapes) == 1 else f"the tensors {some(sorted(shapes))}"
+        )
+        raise ValueError(problem + f"it holds {keys[:5]}, expected {wanted}.")
+    for key, shape in shapes.items():
+        fits = len(found[key]) == len(shape) and all(
+            1 <= have <= MAX_DIM if want is None else have == want for have, want in zip(found[key], shape)
+        )
+        if not fits:
+            wanted = ", ".join("dim" if length is None else str(length) for length in shape)
+            raise ValueError(
+                problem + f"{key!r} has the shape {found[key]}, and {who} ({wanted}{',' * (len(shape) == 1)})."
+            )
+
+
+def _binding(values: dict[str, Any]) -> dict[str, str]:
+    """What the weights remember of their configuration."""
+    learned = {key: value for key, value in values.items() if key not in _FREE_KEYS}
+    base = [values.get("base_model_name_or_path"), values.get("revision")]
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        for name, part in (("config_sha256", learned), ("base_sha256", base))
+    }
+
+
+def _check_binding(values: dict[str, Any], metadata: dict[str, str], name: str) -> None:
+    if "config_sha256" not in metadata:  # of before 0.3, or written by another program
+        return
+    binding = _binding(values)
+    if binding["config_sha256"] != metadata["config_sha256"]:
+        raise ValueError(
+            f"the two files of the adapter {name!r} are not of one save: {ADAPTER_WEIGHTS_NAME} was saved with another"
+            f" {ADAPTER_CONFIG_NAME}. Save, copy or download the adapter again; if you changed the configuration by "
+            "hand and mean it, call `coop_hf.files.adapter_files.bind_adapter(folder)`."
+        )
+    if binding["base_sha256"] != metadata.get("base_sha256"):
+        warnings.warn(
+            f"the adapter {name!r} names another base model than when it was saved "
+            f"({values.get('base_model_name_or_path')!r} now). On other weights its scores mean little.",
+            stacklevel=4,
+        )

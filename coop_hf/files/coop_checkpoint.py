@@ -1,4 +1,4 @@
-"""In from the old world: checkpoints of the original CoOp code (https://github.com/KaiyangZhou/CoOp) become adapters.
+"""Checkpoints of the original CoOp code (https://github.com/KaiyangZhou/CoOp), read as adapters are.
 
 Its trainer writes `<output>/prompt_learner/model.pth.tar-<epoch>` and `model-best.pth.tar`, made with `torch.save`:
 
@@ -26,17 +26,21 @@ import zipfile
 
 import torch
 
-from ..checks import check_class_names, clean_class_name
-from ..config import CLASS_TOKEN_POSITIONS, CoOpConfig
+from ..checks import check_class_names, check_not_sparse, clean_class_name, is_finite
+from ..config import CLASS_TOKEN_POSITIONS, MAX_CONTEXT_TOKENS, CoOpConfig
 from ..core.layout import encode_words, special_token_ids
-from ..modeling import CoOpModel
+from .adapter_files import MAX_DIM, MAX_VALUES, WEIGHTS_KEY
 
 
-__all__ = ["find_coop_checkpoint", "from_coop_checkpoint", "read_coop_checkpoint"]
+__all__ = ["checkpoint_to_adapter", "find_coop_checkpoint", "from_coop_checkpoint", "read_coop_checkpoint"]
 
 _BEST = "model-best.pth.tar"
 
 _EPOCH = re.compile(r"model\.pth\.tar-(\d{1,9})")
+
+_MAX_PICKLE_BYTES = 1 << 24  # without the tensors, a checkpoint of the original has some kilobytes
+
+_MAX_RECORDS = 10_000
 
 _BUFFERS = ("token_prefix", "token_suffix")
 
@@ -142,6 +146,8 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
     for key, value in state.items():
         if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
             raise ValueError(problem + f"{key!r} is a {type(value).__name__}, expected a plain tensor.")
+        if value.device.type != "cpu":
+            raise ValueError(problem + f"{key!r} is on the device {value.device.type!r} and holds no values.")
         if not value.dtype.is_floating_point:
             raise ValueError(problem + f"{key!r} has the dtype {value.dtype}, expected floating point.")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -150,6 +156,11 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
     if context.dim() not in (2, 3) or 0 in context.shape:
         raise ValueError(
             problem + f"'ctx' has the shape {tuple(context.shape)}, expected (n_ctx, dim) or (classes, n_ctx, dim)."
+        )
+    if context.shape[-1] > MAX_DIM or context.shape[-2] > MAX_CONTEXT_TOKENS or context.numel() > MAX_VALUES:
+        raise ValueError(
+            problem + f"'ctx' has the shape {tuple(context.shape)}; at most {MAX_CONTEXT_TOKENS:,} vectors of "
+            f"{MAX_DIM:,} numbers and {MAX_VALUES:,} values are read."
         )
     counts = set()
     for key, length in zip(_BUFFERS, (1, None)):
@@ -167,7 +178,7 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
     if len(counts) > 1:
         raise ValueError(problem + f"its tensors disagree on the number of classes: {sorted(counts)}.")
     context = context.to(torch.float32, copy=True)
-    if not torch.isfinite(context).all():
+    if not is_finite(context):
         raise ValueError(problem + "its context holds NaN or infinite values; the training that made it diverged.")
     epoch = checkpoint.get("epoch")
     return {
@@ -181,8 +192,10 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
 
 def _load_weights_only(path: str, problem: str):
     allowed = [(_Nothing, name) for name in _STANDS_IN_FOR] + [(_empty_dict, name) for name in _STANDS_IN_FOR_DICT]
+    check_not_sparse(path, problem)
     try:
         is_zip = zipfile.is_zipfile(path)
+        _check_records(path, is_zip)
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Mapped, not read: a file that is large, or says so, costs no memory before its shapes are known.
@@ -203,6 +216,28 @@ def _load_weights_only(path: str, problem: str):
         raise ValueError(problem + f"it cannot be read ({text}); it is cut off, or another kind of file.") from None
 
 
+def _check_records(path: str, is_zip: bool) -> None:
+    """Refuses what would grow on being read: deflated records, and the one allowed function that allocates."""
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if len(records) > _MAX_RECORDS:
+                raise ValueError(f"it has {len(records):,} records, and at most {_MAX_RECORDS:,} are read")
+            for record in records:
+                if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                    raise ValueError("its records are compressed, and PyTorch never compresses them")
+                if record.filename.endswith(".pkl") and record.file_size > _MAX_PICKLE_BYTES:
+                    raise ValueError(
+                        f"its pickle has {record.file_size:,} bytes, at most {_MAX_PICKLE_BYTES:,} are read"
+                    )
+            pickles = [archive.read(record) for record in records if record.filename.endswith(".pkl")]
+    else:
+        with open(path, "rb") as file:
+            pickles = [file.read(_MAX_PICKLE_BYTES)]
+    if any(b"bytearray" in text for text in pickles):
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL builtins.bytearray")
+
+
 def _plain_key(key) -> str:
     key = str(key)
     for prefix in ("module.", "prompt_learner."):
@@ -215,94 +250,69 @@ def _some(keys) -> str:
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") if keys else "none"
 
 
-def from_coop_checkpoint(
-    path: str | os.PathLike,
-    base_model,
+def checkpoint_to_adapter(
+    checkpoint: dict,
+    embedding: torch.Tensor,
+    tokenizer,
     class_names: list[str] | None = None,
     class_token_position: str = "end",
-    *,
-    processor=None,
-    epoch: int | None = None,
     check_base: bool = True,
-    **kwargs,
-) -> CoOpModel:
-    """A model with the context of a checkpoint of the original CoOp code.
+) -> tuple[CoOpConfig, dict[str, torch.Tensor]]:
+    """What [`read_coop_checkpoint`] gives, as [`read_adapter`] gives an adapter.
 
     The checkpoint holds neither the names of its classes nor the class token's position, so both are given here. What
     it does hold, the embeddings of SOS and of the class names, is compared with the base's.
 
     Args:
-        path (`str` or `os.PathLike`): the checkpoint or its folder, see [`find_coop_checkpoint`].
-        base_model (`CLIPModel`, `str` or `os.PathLike`): the CLIP model that the context was learned on.
+        checkpoint (`dict`): from [`read_coop_checkpoint`].
+        embedding (`torch.Tensor`): `(vocabulary, dim)`, the base's token embeddings.
+        tokenizer (`PreTrainedTokenizerBase`): the base's.
         class_names (`list[str]`, *optional*): the classes, in the order of the labels. For a unified context any
             list. Without it, the names are read off the checkpoint's embeddings, in lower case.
         class_token_position (`str`, *optional*, defaults to `"end"`): `TRAINER.COOP.CLASS_TOKEN_POSITION` of the
             training: `"end"`, `"middle"` or `"front"`.
-        processor (*optional*): needed with a loaded `base_model`.
-        epoch (`int`, *optional*): which checkpoint of a folder.
         check_base (`bool`, *optional*, defaults to `True`): whether a base with other token embeddings is refused.
-        kwargs: for [`CoOpModel.from_pretrained`] if `base_model` is a name: `revision`, `token`, `cache_dir` ...; else
-            for [`CoOpModel`].
 
     Returns:
-        `CoOpModel`, whose context may learn on. `save_pretrained` makes an adapter of it.
+        its `CoOpConfig`, which names no base, and its tensors.
 
     Raises:
-        ValueError: the checkpoint is unusable, was learned on another base, or does not go with the class names.
+        ValueError: the checkpoint was learned on another base, or does not go with the class names.
     """
-    if class_token_position not in CLASS_TOKEN_POSITIONS:
-        raise ValueError(
-            f"`class_token_position` must be one of {', '.join(map(repr, CLASS_TOKEN_POSITIONS))}, "
-            f"got {class_token_position!r}."
-        )
+    context, path = checkpoint["context"], checkpoint["path"]
     names = None if class_names is None else check_class_names(class_names)
-    checkpoint = read_coop_checkpoint(path, epoch)
-    context = checkpoint["context"]
     class_specific = context.dim() == 3
     if class_specific and names is not None and len(names) != len(context):
         raise ValueError(
-            f"{checkpoint['path']} has contexts for {len(context)} classes, and `class_names` has {len(names)}: pass "
-            "the names of the classes that it was learned on, in the order of their labels."
+            f"{path} has contexts for {len(context)} classes, and `class_names` has {len(names)}: pass the names of "
+            "the classes that it was learned on, in the order of their labels."
         )
-    config = CoOpConfig(n_ctx=context.shape[-2], class_token_position=class_token_position)
-    with torch.random.fork_rng(devices=[]):  # the start that is drawn here is not used
-        if isinstance(base_model, (str, os.PathLike)):
-            model = CoOpModel.from_pretrained(base_model, config, processor=processor, **kwargs)
-        else:
-            model = CoOpModel(base_model, config, processor=processor, **kwargs)
-    embedding = model.family.token_embedding.weight.detach()
+    embedding = embedding.detach()
     if embedding.shape[1] != context.shape[-1]:
         raise ValueError(
             f"the context's vectors have {context.shape[-1]} dimensions, and the base's token embeddings have "
-            f"{embedding.shape[1]}: {checkpoint['path']} was learned on another CLIP model."
+            f"{embedding.shape[1]}: {path} was learned on another CLIP model."
         )
     if check_base:
-        _check_prefix(checkpoint, embedding, model.tokenizer)
+        _check_prefix(checkpoint, embedding, tokenizer)
     if names is None:
-        names = _read_names(checkpoint, embedding, model.tokenizer)
+        names = _read_names(checkpoint, embedding, tokenizer)
         if names is None and class_specific:
             raise ValueError(
-                f"{checkpoint['path']} is class-specific, and its class names cannot be read off it: pass "
-                f"`class_names=[...]`, the {len(context)} names in the order of their labels."
+                f"{path} is class-specific, and its class names cannot be read off it: pass `class_names=[...]`, the "
+                f"{len(context)} names in the order of their labels."
             )
     elif class_specific and check_base:
-        _check_names(checkpoint, names, embedding, model.tokenizer)
-    name = model.active_adapter
-    final = CoOpConfig(
-        n_ctx=context.shape[-2],
-        class_token_position=class_token_position,
-        class_specific=class_specific,
-        class_names=names,
-        base_model_name_or_path=model.config.base_model_name_or_path,
-        revision=model.config.revision,
-    )
-    temporary = f"{name} from CoOp"
-    model.add_adapter(temporary, final, context=context)
-    adapter = model.adapters[temporary]
-    del model.adapters[temporary]
-    model.adapters[name] = adapter
-    model.set_adapter(name)
-    return model
+        _check_names(checkpoint, names, embedding, tokenizer)
+    config = CoOpConfig(context.shape[-2], class_token_position, class_specific, class_names=names)
+    return config, {WEIGHTS_KEY: context}
+
+
+def from_coop_checkpoint(path: str | os.PathLike, base_model, *args, **kwargs):
+    """`CoOpModel.from_coop_checkpoint`, under the name that it had first."""
+    from ..modeling import CoOpModel  # above this room: for the command and the old name alone
+
+    return CoOpModel.from_coop_checkpoint(path, base_model, *args, **kwargs)
 
 
 def _check_prefix(checkpoint: dict, embedding: torch.Tensor, tokenizer) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from ..config import ADAPTER_CONFIG_NAME, PromptConfig
 from ..core.families import FAMILIES, get_family, supported_models
 from ..hub import find_file, has_file, hub_errors, is_hub_id
+from .adapter_files import base_of
 
 
 __all__ = ["check_is_base", "load_base", "load_base_of_adapter"]
@@ -95,14 +96,7 @@ def load_base_of_adapter(
         if processor is None:
             raise ValueError("with a loaded `base_model`, pass its `processor` too.")
         return base_model, processor
-    base_name = os.fspath(base_model) if base_model is not None else config.base_model_name_or_path
-    if base_name is None:
-        raise ValueError(f"the adapter {name!r} does not name its base model: pass `base_model=`.")
-    if base_model is None and not os.path.isdir(name) and not is_hub_id(base_name):
-        raise ValueError(
-            f"the adapter {name!r} from the Hub names a local path as its base model ({base_name!r}); such a "
-            "path is not followed. Pass `base_model=` to say which base you mean."
-        )
+    base_name = base_of(config, name) if base_model is None else os.fspath(base_model)
     source = {**download, **({"revision": config.revision} if config.revision and not base_model else {})}
     try:
         return load_base(base_name, processor, source, kwargs)

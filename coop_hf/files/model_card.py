@@ -7,12 +7,16 @@ A card is metadata (YAML between two lines of dashes) and Markdown. coop_hf writ
     <!-- coop_hf: end results -->
 
 and each later save writes those parts anew. Everything else belongs to people and is kept: text before, between and
-behind the parts; a part that was deleted with its marks stays deleted; a card that coop_hf did not write gets metadata
-alone. In the metadata a value that a person changed, added or removed stays so. A hidden line remembers what was
-written last, which tells the two apart. Each adapter has parts of its own, so several can share a repository.
+behind the parts, and every value of the metadata but the base model and the measured results. A part that was deleted
+with its marks stays deleted; a card without any mark gets metadata alone. What the card says about the training of an
+adapter stays while its part "What was learned" comes out the same. Each adapter has parts of its own, so several can
+share a repository.
+
+A method tells its facts as attributes of its adapter class: `card_title` and `paper` (its name and its link),
+`card_summary` (one sentence: what it learns), `citation` (BibTeX).
 """
 
-import hashlib
+import dataclasses
 import json
 import os
 import platform
@@ -21,12 +25,16 @@ import warnings
 
 import torch
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
+from ..atomic import write_atomically
+from ..config import CoOpConfig, PromptConfig
 from ..hub import is_hub_id
+from ..interpret import nearest_tokens
 from ..version import __version__
 
 
-__all__ = ["CARD_NAME", "make_card", "write_card"]
+__all__ = ["CARD_NAME", "code", "make_card", "write_card"]
 
 CARD_NAME = "README.md"
 
@@ -38,7 +46,19 @@ MAX_CLASSES_SHOWN = 200
 
 MAX_CONTEXTS_SHOWN = 5
 
+# Of CoOp, and of every adapter class that says nothing else.
+CARD_TITLE = "Context Optimization (CoOp)"
+
+CARD_SUMMARY = "CoOp learns the vectors that stand round the name of the class."
+
 PAPER = "https://arxiv.org/abs/2109.01134"
+
+CITATION = """@article{zhou2022coop,
+  title   = {Learning to Prompt for Vision-Language Models},
+  author  = {Zhou, Kaiyang and Yang, Jingkang and Loy, Chen Change and Liu, Ziwei},
+  journal = {International Journal of Computer Vision},
+  year    = {2022}
+}"""
 
 TRAINING_KEYS = (
     "dataset",
@@ -63,7 +83,7 @@ _BEGIN, _END = "<!-- coop_hf: begin {} -->", "<!-- coop_hf: end {} -->"
 
 _MARK = re.compile(r"^<!-- coop_hf: (begin|end) ([\w\- ]+) -->[ \t]*$", re.MULTILINE)
 
-_RECORD = re.compile(r"^<!-- coop_hf: record (\{[^\n]*\}) -->[ \t]*\n?", re.MULTILINE)
+_ADAPTER_PARTS = ("learned", "results", "use", "training")
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -89,8 +109,6 @@ def write_card(
     Returns:
         `str`: the path of the card.
     """
-    from ..atomic import write_atomically
-
     path = os.path.join(folder, CARD_NAME)
     try:
         existing = _read(path)
@@ -150,24 +168,19 @@ def make_card(
     for key, adapter in adapters.items():
         known = training if key == trained else {}
         heading = "" if list(adapters) == ["default"] else f": {code(key)}"
-        parts[_part_name("learned", key)] = _learned(model, key, adapter, known, heading)
+        parts[_part_name("learned", key)] = _learned(model, key, adapter, heading)
         parts[_part_name("results", key)] = _results(adapter, known, heading)
         parts[_part_name("use", key)] = _use(name, key, adapter.config, heading)
         parts[_part_name("training", key)] = _how_trained(known, heading)
-    parts["citation"] = _citation()
-    record = {
-        "metadata": {key: _fingerprint(value) for key, value in metadata.items()},
-        "parts": list(parts),
-        "adapters": {key: _adapter_fingerprint(adapter) for key, adapter in adapters.items()},
-    }
+    parts["citation"] = _citation(adapters)
     if existing is not None and existing.strip():
-        return _merge(existing, metadata, parts, record, trained if training else None)
+        return _merge(existing, name, metadata, parts, list(adapters), trained if training else None)
     body = "\n\n".join(_part(key, text) for key, text in parts.items())
     note = (
         "<!-- Write what you like before, between and behind the parts that coop_hf marks: it is kept when the "
         "adapter is saved or pushed again. -->"
     )
-    return f"---\n{_dump(metadata)}---\n\n{_record_line(record)}\n{note}\n\n{body}\n"
+    return f"---\n{_dump(metadata)}---\n\n{note}\n\n{body}\n"
 
 
 # ------------------------------------------------------------------ merging with what people wrote
@@ -198,93 +211,58 @@ def _part_name(part: str, adapter_name: str) -> str:
     return part if adapter_name == "default" else f"{part} {adapter_name}"
 
 
-def _merge(existing: str, metadata: dict, parts: dict, record: dict, trained: str | None) -> str:
-    """The existing card with its marked parts and our own metadata written anew.
+def _merge(existing: str, name: str, metadata: dict, parts: dict, adapters: list[str], trained: str | None) -> str:
+    """The existing card with its marked parts written anew and its metadata brought up to date.
 
     Args:
         existing (`str`): the card.
-        metadata, parts, record (`dict`): what would stand in a card of its own.
-        trained (`str`, *optional*): the adapter whose training is told of in `parts`. For the others, what was
-            learned, results and training stay as the card has them while the adapter is the one they were written for.
+        name (`str`): as for `make_card`.
+        metadata, parts (`dict`): what would stand in a card of its own.
+        adapters (`list[str]`): the adapters that `parts` tells of.
+        trained (`str`, *optional*): the one of them whose training is told of, too.
     """
     front = _FRONT_MATTER.match(existing)
     theirs = _load(front[1]) if front else {}
     body = existing[front.end() :] if front else existing
-    before = _read_record(body)
-    if before is None:  # not written by coop_hf: its text is its own
-        before = {"metadata": {}, "parts": list(parts), "adapters": {}}
-        has_record = False
-    else:
-        has_record = True
-    same = {key for key, value in record["adapters"].items() if before["adapters"].get(key) == value}
-    other_adapters = set(before["adapters"]) - set(record["adapters"])
-
-    # Parts: those that are there are written anew, new ones come before the citation, or at the end.
     marks = _paired_marks(body)
+    there = {key: body[begin:end] for key, begin, end in marks}
+
+    def same(adapter: str) -> bool:
+        key = _part_name("learned", adapter)
+        return adapter != trained and there.get(key) == _part(key, parts[key])
+
+    others = {key for key in there if key.startswith("learned")} - {_part_name("learned", a) for a in adapters}
+    kept = {_part_name(part, a) for a in adapters if same(a) for part in ("results", "training")}
+    kept |= {"summary"} if others else set()
     for key, begin, end in reversed(marks):
-        kind, _, adapter_name = key.partition(" ")
-        adapter_name = adapter_name or "default"
-        keeps = kind in ("learned", "results", "training") and adapter_name in same and adapter_name != trained
-        if key in parts and not keeps and not (key == "summary" and other_adapters):
+        if key in parts and key not in kept:
             body = body[:begin] + _part(key, parts[key]) + body[end:]
-    new = [key for key in parts if key not in before["parts"]]
-    if new:
+    if marks:  # adapters that the card does not tell of yet, before the citation or at the end
+        told = {key.partition(" ")[2] or "default" for key in there if key not in ("summary", "citation")}
+        new = [_part_name(part, a) for a in adapters if a not in told for part in _ADAPTER_PARTS]
         text = "\n\n".join(_part(key, parts[key]) for key in new)
         place = body.find(_BEGIN.format("citation"))
-        body = f"{body.rstrip()}\n\n{text}\n" if place < 0 else f"{body[:place]}{text}\n\n{body[place:]}"
+        if new:
+            body = f"{body.rstrip()}\n\n{text}\n" if place < 0 else f"{body[:place]}{text}\n\n{body[place:]}"
 
-    # Metadata: what was written last and not touched since is ours to change.
-    merged, written = dict(theirs), dict(before["metadata"])
-    for key in {**before["metadata"], **metadata}:
-        is_ours = key in written and key in theirs and _fingerprint(theirs[key]) == written[key]
-        if key in metadata:
-            value = metadata[key]
-            if is_ours and key == "model-index":
-                value = _other_entries(theirs[key], value, same - {trained}, other_adapters) + value
-            if is_ours or (key not in written and key not in theirs):
-                merged[key], written[key] = value, _fingerprint(value)
-        elif is_ours and key in ("metrics", "model-index") and not same and not other_adapters:
-            del merged[key], written[key]  # they were measured on another context
+    merged = {**theirs, **{key: value for key, value in metadata.items() if key not in theirs}}
+    merged.update((key, metadata[key]) for key in ("base_model", "metrics") if key in metadata)
+    if isinstance(theirs.get("datasets"), list):
+        merged["datasets"] = list(dict.fromkeys([*theirs["datasets"], *metadata.get("datasets", [])]))
+    if marks:  # else what it says of results is not ours
+        stale = {_entry_name(name, a) for a in adapters if not same(a)}
+        old = theirs.get("model-index") if isinstance(theirs.get("model-index"), list) else []
+        merged["model-index"] = [
+            entry for entry in old if not isinstance(entry, dict) or entry.get("name") not in stale
+        ]
+        merged["model-index"] += metadata.get("model-index", [])
+        if not merged["model-index"]:
+            del merged["model-index"]
+            if old:
+                merged.pop("metrics", None)  # they were measured on another context
     if front and merged == theirs:
-        head = existing[: front.end()]
-    else:
-        head = f"---\n{_dump(merged)}---\n" + ("" if front else "\n")
-    line = _record_line(
-        {
-            "metadata": written,
-            "parts": [*before["parts"], *new],
-            "adapters": {**before["adapters"], **record["adapters"]},
-        }
-    )
-    if has_record:
-        return head + _RECORD.sub(lambda _: line + "\n", body, count=1)
-    return head + ("" if body.startswith(("\n", "\r")) else "\n") + line + "\n" + body
-
-
-def _other_entries(theirs: list, ours: list, same: set, other_adapters: set) -> list:
-    """Entries of a model index that are of other adapters than those in `ours`."""
-    names = {entry["name"] for entry in ours}
-    kept = [entry for entry in theirs if entry.get("name") not in names]
-    return kept if same or other_adapters else []
-
-
-def _record_line(record: dict) -> str:
-    # No "--" may stand in an HTML comment.
-    return f"<!-- coop_hf: record {json.dumps(record, sort_keys=True).replace('--', '-' + chr(92) + 'u002d')} -->"
-
-
-def _read_record(body: str) -> dict | None:
-    match = _RECORD.search(body)
-    if match is None:
-        return None
-    try:
-        record = json.loads(match[1])
-        kinds = {"metadata": dict, "parts": list, "adapters": dict}
-        if all(isinstance(record[key], kind) for key, kind in kinds.items()):
-            return record
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return None
+        return existing[: front.end()] + body
+    return f"---\n{_dump(merged)}---\n" + ("" if front else "\n") + body
 
 
 def _paired_marks(body: str) -> list[tuple[str, int, int]]:
@@ -323,16 +301,6 @@ def _dump(values: dict) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000) if values else ""
 
 
-def _fingerprint(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _adapter_fingerprint(adapter) -> str:
-    config = {key: value for key, value in adapter.config.to_dict().items() if key != "coop_hf_version"}
-    values = adapter.context.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
-    return _fingerprint([config, hashlib.sha256(values).hexdigest()])
-
-
 # ------------------------------------------------------------------ what stands in it
 
 
@@ -367,46 +335,48 @@ def _link(name: str | None, kind: str = "") -> str:
     return code(os.path.basename(str(name).rstrip("/\\")) or name) + " (a local model)" if name else "not recorded"
 
 
-def _is_hub_base(name: str | None) -> bool:
-    return bool(name) and is_hub_id(name) and not os.path.isdir(name)
+def _is_hub_base(config: PromptConfig) -> bool:
+    name = config.base_model_name_or_path
+    return name is not None and is_hub_id(name) and not os.path.isdir(name)
 
 
 def _metadata(name: str, adapters: dict, trained: str, training: dict) -> dict:
-    bases = {adapter.config.base_model_name_or_path for adapter in adapters.values()}
-    values = {}
-    bases = sorted(base for base in bases if _is_hub_base(base))
-    if bases:
-        values["base_model"] = bases[0] if len(bases) == 1 else bases
-        values["base_model_relation"] = "adapter"
-    values["library_name"] = "coop_hf"
-    values["pipeline_tag"] = "zero-shot-image-classification"
-    values["tags"] = ["clip", "coop", "prompt-learning", "few-shot"]
-    if training.get("license"):
-        values["license"] = str(training["license"])
-    dataset_id = training.get("dataset_id")
-    if dataset_id and is_hub_id(str(dataset_id)):
-        values["datasets"] = [str(dataset_id)]
-    metrics = _metrics(training, "metrics")
-    if metrics:
-        values["metrics"] = [_METRIC_NAMES[key][0] for key in metrics]
-        dataset = {
-            "type": _slug(dataset_id or training.get("dataset") or "unknown"),
-            "name": str(training.get("dataset") or dataset_id or "unknown"),
-        }
-        if training.get("split"):
-            dataset["split"] = str(training["split"])
-        result = {
-            "task": {"type": "image-classification", "name": "Image Classification"},
-            "dataset": dataset,
-            "metrics": [
-                {"type": _METRIC_NAMES[key][0], "value": round(value, 4), "name": _METRIC_NAMES[key][1]}
-                for key, value in metrics.items()
-            ],
-        }
-        title = name.rstrip("/").split("/")[-1] or "adapter"
-        title += "" if trained == "default" else f" ({trained})"
-        values["model-index"] = [{"name": title, "results": [result]}]
+    bases = sorted({a.config.base_model_name_or_path for a in adapters.values() if _is_hub_base(a.config)})
+    dataset_id, metrics = training.get("dataset_id"), _metrics(training, "metrics")
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=_slug(dataset_id or training.get("dataset") or "unknown"),
+            dataset_name=str(training.get("dataset") or dataset_id or "unknown"),
+            dataset_split=str(training["split"]) if training.get("split") else None,
+            metric_type=_METRIC_NAMES[key][0],
+            metric_name=_METRIC_NAMES[key][1],
+            metric_value=round(value, 4),
+        )
+        for key, value in metrics.items()
+    ]
+    values = ModelCardData(
+        base_model=bases[0] if len(bases) == 1 else bases or None,
+        base_model_relation="adapter" if bases else None,
+        library_name="coop_hf",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", *sorted({a.config.method for a in adapters.values()}), "prompt-learning", "few-shot"],
+        license=str(training["license"]) if training.get("license") else None,
+        datasets=[str(dataset_id)] if dataset_id and is_hub_id(str(dataset_id)) else None,
+        metrics=[_METRIC_NAMES[key][0] for key in metrics] or None,
+        eval_results=results or None,
+        model_name=_entry_name(name, trained),
+    ).to_dict()
+    if not results:
+        values.pop("model_name", None)
     return values
+
+
+def _entry_name(name: str, adapter_name: str) -> str:
+    """What the results of an adapter are filed under."""
+    title = name.rstrip("/").split("/")[-1] or "adapter"
+    return title if adapter_name == "default" else f"{title} ({adapter_name})"
 
 
 def _slug(name) -> str:
@@ -438,14 +408,22 @@ def _title(name: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", " ".join(title.split())) or "Learned prompts"
 
 
+def _fact(adapter, name: str):
+    """What the adapter's class says of its method, CoOp's where it says nothing."""
+    defaults = {"card_title": CARD_TITLE, "card_summary": CARD_SUMMARY, "paper": PAPER, "citation": CITATION}
+    return getattr(type(adapter), name, None) or defaults[name]
+
+
 def _summary(name: str, adapters: dict) -> str:
-    config = next(iter(adapters.values())).config
+    adapter = next(iter(adapters.values()))
+    config = adapter.config
     return (
         f"# {_title(name)}\n\n"
         f"Learned prompts for {_link(config.base_model_name_or_path)}, made with "
-        f"[Context Optimization (CoOp)]({PAPER}). Where people write a prompt by hand, such as "
-        f"{code(config.template)}, CoOp learns the vectors that stand round the name of the class and leaves every "
-        "weight of the model as it is. Only these vectors are here; the model itself is loaded from its own place."
+        f"[{_fact(adapter, 'card_title')}]({_fact(adapter, 'paper')}). Where people write a prompt by hand, such as "
+        f"{code(config.template)}, prompt learning learns it from examples. {_fact(adapter, 'card_summary')} Every "
+        "weight of the model stays as it is. Only what was learned is here; the model itself is loaded from its own "
+        "place."
     )
 
 
@@ -459,33 +437,38 @@ def _prompt(config) -> str:
     return " ".join([*some(slots[:first]), "[CLASS]", *some(slots[first:]), "."])
 
 
-def _learned(model, key: str, adapter, training: dict, heading: str) -> str:
+def _learned(model, key: str, adapter, heading: str) -> str:
     config = adapter.config
-    start = "random vectors" if config.ctx_init is None else f"the words {code(config.ctx_init)}"
-    kind = "class-specific: each class has its own" if config.class_specific else "unified: one for all classes"
-    where = {"end": "at the end", "middle": "in the middle", "front": "in front"}[config.class_token_position]
-    rows = [
-        ["Base model", _link(config.base_model_name_or_path)],
-        ["Prompt", f"{code(_prompt(config))}, the class name {where}"],
-        ["Context", f"{_plural(config.n_ctx, 'vector')} of {adapter.context.shape[-1]} numbers; {kind}"],
-        ["Started from", start],
-    ]
+    state = adapter.learned_state() if hasattr(adapter, "learned_state") else {"context": adapter.context.detach()}
+    rows = [["Base model", _link(config.base_model_name_or_path)], ["Method", _fact(adapter, "card_title")]]
     if config.revision:
-        rows.insert(1, ["Revision of the base", code(config.revision)])
-    if training.get("dataset") or training.get("dataset_id"):
-        rows.append(["Learned on", _dataset(training)])
-    if training.get("shots") is not None:
-        rows.append(["Shots", f"{_plural(int(training['shots']), 'image')} of each class"])
-    if training.get("seed") is not None:
-        rows.append(["Seed", code(training["seed"])])
+        rows.append(["Revision of the base", code(config.revision)])
+    if isinstance(config, CoOpConfig):
+        start = "random vectors" if config.ctx_init is None else f"the words {code(config.ctx_init)}"
+        kind = "class-specific: each class has its own" if config.class_specific else "unified: one for all classes"
+        where = {"end": "at the end", "middle": "in the middle", "front": "in front"}[config.class_token_position]
+        rows += [
+            ["Prompt", f"{code(_prompt(config))}, the class name {where}"],
+            ["Context", f"{_plural(config.n_ctx, 'vector')}; {kind}"],
+            ["Started from", start],
+        ]
+    shared = CoOpConfig if isinstance(config, CoOpConfig) else PromptConfig
+    own = [f.name for f in dataclasses.fields(config) if f.name not in {g.name for g in dataclasses.fields(shared)}]
+    rows += [[code(name), code(getattr(config, name))] for name in own]
+    # Also tells one training from the next: what was said of another one does not stay.
+    count = sum(value.numel() for value in state.values())
+    mean = sum(value.sum(dtype=torch.float64).item() for value in state.values()) / max(1, count)
+    norm = sum(value.norm(dtype=torch.float64).item() ** 2 for value in state.values()) ** 0.5
+    rows.append(["Learned", f"{_plural(count, 'number')}, mean {mean:.4g}, norm {norm:.5g}"])
     sections = [f"## What was learned{heading}", _table(["", ""], rows)]
     names = config.class_names
     if names:
         shown = ", ".join(code(name) for name in names[:MAX_CLASSES_SHOWN])
         more = f" and {len(names) - MAX_CLASSES_SHOWN:,} more" if len(names) > MAX_CLASSES_SHOWN else ""
         sections.append(f"{len(names):,} class{'es' if len(names) > 1 else ''}: {shown}{more}.")
-    words = _nearest_words(model, key, config)
-    return "\n\n".join([*sections, words] if words else sections)
+    if isinstance(config, CoOpConfig):
+        sections.append(_nearest_words(model, key, config))
+    return "\n\n".join(sections)
 
 
 def _dataset(training: dict) -> str:
@@ -495,25 +478,18 @@ def _dataset(training: dict) -> str:
     return code(training.get("dataset") or dataset_id)
 
 
-def _nearest_words(model, key: str, config) -> str:
-    """A table of the tokens next to each context vector, where `coop_hf.interpret` is there to find them."""
-    try:
-        from ..interpret import nearest_tokens
-    except ImportError:
-        return ""
-    with torch.no_grad():
-        found = nearest_tokens(model, top_k=3, adapter_name=key)
+def _nearest_words(model, key: str, config: CoOpConfig) -> str:
+    """A table of the tokens next to each context vector."""
+    found = nearest_tokens(model, top_k=3, adapter_name=key, max_classes=MAX_CONTEXTS_SHOWN)
     contexts = list(found.items()) if config.class_specific else [("", found)]
     rows = []
-    for name, context in contexts[:MAX_CONTEXTS_SHOWN]:
+    for name, context in contexts:
         for slot, nearest in enumerate(context):
             label = f"{code(name)} {slot + 1}" if name else f"{slot + 1}"
             rows.append([label, ", ".join(f"{code(entry['token'])} ({entry['distance']:.2f})" for entry in nearest)])
-    if not rows:
-        return ""
     more = ""
-    if len(contexts) > MAX_CONTEXTS_SHOWN:
-        more = f"\n\nThe first {MAX_CONTEXTS_SHOWN} of {len(contexts):,} classes are shown."
+    if config.class_specific and len(config.class_names) > MAX_CONTEXTS_SHOWN:
+        more = f"\n\nThe first {MAX_CONTEXTS_SHOWN} of {len(config.class_names):,} classes are shown."
     return (
         "The words of the vocabulary nearest to each vector, with their distance. Learned vectors seldom spell "
         f"anything that people would write.\n\n{_table(['Vector', 'Nearest tokens'], rows)}{more}"
@@ -553,7 +529,7 @@ def _use(name: str, key: str, config, heading: str) -> str:
     base = config.base_model_name_or_path
     comments = ""
     is_on_hub = is_hub_id(name) and "/" in name and not os.path.isdir(name)
-    if not base or (is_on_hub and not _is_hub_base(base)):
+    if not base or (is_on_hub and not _is_hub_base(config)):
         arguments.append('base_model="path/to/the/base/model"')
         comments = "  # a local model, not on the Hub"
     lines = [
@@ -575,7 +551,7 @@ def _use(name: str, key: str, config, heading: str) -> str:
         "The scores are probabilities over the classes of the list and add up to one: an image of something else "
         "gets one of these names too."
     )
-    if not config.class_specific:
+    if not getattr(config, "class_specific", False):
         text += ' The prompt takes other classes as well: `model.set_class_names(["cat", "dog"])`.'
     if key != "default":
         name, key = _quoted(name), _quoted(key)
@@ -587,6 +563,12 @@ def _how_trained(training: dict, heading: str) -> str:
     if not training:
         return ""
     rows = []
+    if training.get("dataset") or training.get("dataset_id"):
+        rows.append(["Learned on", _dataset(training)])
+    if training.get("shots") is not None:
+        rows.append(["Shots", f"{_plural(int(training['shots']), 'image')} of each class"])
+    if training.get("seed") is not None:
+        rows.append(["Seed", code(training["seed"])])
     if training.get("num_train") is not None:
         rows.append(["Images trained on", f"{int(training['num_train']):,}"])
     for key, value in (training.get("hyperparameters") or {}).items():
@@ -596,7 +578,7 @@ def _how_trained(training: dict, heading: str) -> str:
     if training.get("seconds") is not None:
         rows.append(["Time", _duration(float(training["seconds"]))])
     versions = training.get("versions") or _versions()
-    rows.append(["Versions", ", ".join(f"{key} {code(value)}" for key, value in versions.items())])
+    rows.append(["Versions", ", ".join(code(f"{key} {value}") for key, value in versions.items())])
     return f"## How it was trained{heading}\n\n" + _table(["", ""], rows)
 
 
@@ -618,16 +600,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _citation() -> str:
-    return f"""## Citation
-
-The method is Zhou, Yang, Loy and Liu, [Learning to Prompt for Vision-Language Models]({PAPER}), IJCV 2022.
-
-```bibtex
-@article{{zhou2022coop,
-  title   = {{Learning to Prompt for Vision-Language Models}},
-  author  = {{Zhou, Kaiyang and Yang, Jingkang and Loy, Chen Change and Liu, Ziwei}},
-  journal = {{International Journal of Computer Vision}},
-  year    = {{2022}}
-}}
-```"""
+def _citation(adapters: dict) -> str:
+    works = dict.fromkeys((_fact(a, "card_title"), _fact(a, "paper"), _fact(a, "citation")) for a in adapters.values())
+    return "## Citation\n\n" + "\n\n".join(
+        f"The method is [{title}]({paper}).\n\n```bibtex\n{citation.strip()}\n```" for title, paper, citation in works
+    )

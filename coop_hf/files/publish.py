@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
 )
 
 from ..hub import _HTTPError, _server_error, _status, find_file, is_hub_id
+from .model_card import CARD_NAME, make_card
 
 
 __all__ = ["push_to_hub"]
@@ -55,8 +56,6 @@ def push_to_hub(
             sent.
         OSError: the Hub cannot be reached or refuses; says why and what to do.
     """
-    from .model_card import CARD_NAME, make_card  # here, because the card's room looks at models and this one does not
-
     if not isinstance(repo_id, str) or not is_hub_id(repo_id):
         raise ValueError(f"`repo_id` must have the form 'name' or 'owner/name', got {repo_id!r}.")
     if create_pr and revision not in (None, "main"):
@@ -102,6 +101,13 @@ def _push_errors(repo_id: str, revision: str | None):
         yield
     except (HfHubHTTPError, _HTTPError, RuntimeError) as error:  # a failed LFS upload is a RuntimeError
         raise _push_explained(error, repo_id, revision) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The answer said that all is well and is none that the Hub gives, such as the login page of a network.
+        raise OSError(
+            f"could not push to {repo_id!r}: what answered is not the Hub, or not understood "
+            f"({type(error).__name__}: {str(error)[:200]}). A network that asks for a login first, or a proxy, does "
+            "so. Nothing on this machine was changed; call `push_to_hub` again when that is mended."
+        ) from error
 
 
 def _files_below(folder: str) -> list[str]:
