@@ -1,17 +1,20 @@
 import copy
+import json
 import logging
 import pickle
+import random
+import re
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, encoded, image_dataset, make_image_processor, picture
+from conftest import CLASS_NAMES, SHARED, encoded, image_dataset, make_image_processor, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from coop_hf.data.few_shot import resolve_labels, sample_few_shot
+from coop_hf.data.few_shot import coop_few_shot_rows, resolve_labels, sample_few_shot
 from coop_hf.data.labelled_images import LabelledImages, collate
 from coop_hf.data.transforms import eval_transform, train_transform
 
@@ -58,8 +61,7 @@ def test_resolve_labels_of_each_kind():
             ["a", "b"],
             "has 2 names, but the column 'label' has 3 classes",
         ),
-        ([0, 1], None, ["a", "a"], "repeated: 'a'"),
-        ([0, 1], None, ["a", " "], "Class name 1 is ' '"),
+        ([0, 1], None, ["a", " "], "class name 1 is empty"),
         ([0, 1], None, [], "`class_names` is empty"),
         ([0.5, 1.0], None, CLASS_NAMES, "must be a ClassLabel, integers or strings.*float64"),
         ([True, False], None, CLASS_NAMES, "must be a ClassLabel, integers or strings.*bool"),
@@ -72,7 +74,7 @@ def test_bad_labels(labels, feature, class_names, message):
 
 
 def test_bad_label_arguments():
-    with pytest.raises(TypeError, match="single string 'cat'"):
+    with pytest.raises(ValueError, match="single string 'cat'"):
         resolve_labels(label_dataset([0]), class_names="cat")
     with pytest.raises(ValueError, match="no column 'target'; it has 'label', 'row'.*`label_column=`"):
         resolve_labels(label_dataset([0]), "target")
@@ -124,6 +126,7 @@ def test_sample_few_shot_reads_no_image():
     [
         ([0, 0, 1], {"num_shots": 0}, ValueError, "`num_shots` must be at least 1, got 0"),
         ([0, 0, 1], {"num_shots": 1.5}, TypeError, "must be integers, got 1.5"),
+        ([0, 0, 1], {"num_shots": 1, "draw": "dassl"}, ValueError, "`draw` must be 'nested' or 'coop', got 'dassl'"),
         ([0, 0, 1], {"num_shots": 1, "seed": -1}, ValueError, "`seed` must be from 0"),
         ([0, 0, 1], {"num_shots": 2}, ValueError, r"fewer than 2 images: '1 \(1\)'.*at most 1 shots"),
         (
@@ -139,6 +142,34 @@ def test_sample_few_shot_reads_no_image():
 def test_bad_few_shot(labels, options, error, message):
     with pytest.raises(error, match=message):
         sample_few_shot(label_dataset(labels), **options)
+
+
+def test_the_draw_of_the_public_code_in_closed_form():
+    labels = ["b", "a", "b", "b", "a", "c"]
+    random.seed(5)
+    state = random.getstate()
+    train, val = coop_few_shot_rows(2, 7, labels, [1, 1, 1, 0, 1, 1])
+    assert random.getstate() == state
+    random.seed(7)  # once for all; classes as they first occur; a class with fewer rows gives all of them, undrawn
+    expected = random.sample([0, 2, 3], 2) + random.sample([1, 4], 2) + [5]
+    assert train == expected and val == random.sample([0, 1, 2, 4, 5], 2) + [3]
+    drawn = sample_few_shot(label_dataset(labels), 2, seed=7, allow_fewer=True, draw="coop")
+    assert drawn["row"][:] == train
+    assert len(coop_few_shot_rows(16, 1, [0] * 20, [0] * 20)[1]) == 4
+
+
+def test_the_draw_of_the_public_code_is_that_of_its_index_files():
+    folder = SHARED / "splits"
+    if not (folder / "indices_caltech101").is_dir():
+        pytest.skip("no ../shared/data/splits/indices_caltech101 here")
+    split = json.loads((folder / "split_zhou_Caltech101.json").read_text())
+    labels = [[label for _, label, _ in split[part]] for part in ("train", "val")]
+    files = sorted((folder / "indices_caltech101").glob("shot_*-seed_*.json"))
+    assert len(files) == 15
+    for file in files:
+        shots, seed = map(int, re.findall(r"\d+", file.stem))
+        content = json.loads(file.read_text())
+        assert coop_few_shot_rows(shots, seed, *labels) == [content[part]["indices"] for part in ("train", "val")]
 
 
 # The data set of a training
