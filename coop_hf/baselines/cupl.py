@@ -8,6 +8,7 @@ and is used as any other class embeddings, with `coop_hf.baselines.zero_shot_log
 published form, `{class name: [sentence, ...]}`.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -17,7 +18,6 @@ import re
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..atomic import write_atomically
 from ..checks import check_class_names, clean_class_name
@@ -274,17 +274,6 @@ def fill_question(question: str, class_name: str) -> str:
     return question.replace("{}", name)
 
 
-class _StopAtText(StoppingCriteria):
-    """A sequence is done once what it added contains the stop string."""
-
-    def __init__(self, tokenizer, stop: str, prompt_length: int):
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
-
-    def __call__(self, input_ids, scores, **kwargs):
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        return torch.tensor([self.stop in text.lstrip() for text in texts], device=input_ids.device)
-
-
 def _class_seed(seed: int, class_name: str) -> int:
     """A seed of each class's own: its sentences don't depend on the other classes, nor on where a run was resumed."""
     digest = hashlib.sha256(f"{seed}\n{clean_class_name(class_name)}".encode()).digest()
@@ -309,17 +298,15 @@ def _encode_questions(tokenizer, texts: list[str], use_chat_template: bool) -> l
 
 
 @torch.no_grad()
-def _answers(model, tokenizer, rows: list[list[int]], stop, options: dict) -> list[str]:
+def _answers(model, tokenizer, rows: list[list[int]], stop: str | None, options: dict) -> list[str]:
     """One sampled answer to each row of token ids."""
-    # Padded on the left by hand, so that the caller's tokenizer needs no padding token and stays as it is.
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    skip = 1 if model.config.is_encoder_decoder else width
-    if stop:
-        options = {**options, "stopping_criteria": StoppingCriteriaList([_StopAtText(tokenizer, stop, skip)])}
-    output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)
+    if tokenizer.pad_token is None:  # a copy: the caller's tokenizer stays as it is
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    skip = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    stopping = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
+    output = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **stopping, **options)
     return tokenizer.batch_decode(output[:, skip:], skip_special_tokens=True)
 
 

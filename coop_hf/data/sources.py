@@ -5,7 +5,9 @@ benchmark.
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -35,11 +37,12 @@ SPLIT_NAMES = {
 # Files of the CoOp benchmark
 
 
-def _read_json(path, what):
+def _read_json(path: str | os.PathLike, what: str) -> Any:
     path = Path(path).expanduser()
     if path.suffix in (".pkl", ".pickle"):
         raise ValueError(
-            f"'{path}' is a pickle, which runs code when it is read, so it is not opened: pass {what} as a .json file."
+            f"'{path}' is a pickle, which runs code when it is read, so it is not opened: pass {what} as .json. "
+            "docs/datasets.md has a few lines that convert one which you trust."
         )
     if not path.is_file():
         raise FileNotFoundError(f"There is no {what} at '{path}'.")
@@ -49,7 +52,9 @@ def _read_json(path, what):
         raise ValueError(f"'{path}' is no {what}: it is not JSON ({error}).") from error
 
 
-def read_coop_split(path, image_root, part=None, check_files=True):
+def read_coop_split(
+    path: str | os.PathLike, image_root: str | os.PathLike, part: str | None = None, check_files: bool = True
+) -> datasets.DatasetDict | datasets.Dataset:
     """
     The train, validation and test sets of a `split_zhou_*.json` file of the CoOp benchmark.
 
@@ -139,7 +144,7 @@ def read_coop_split(path, image_root, part=None, check_files=True):
     return result if wanted is None else result[wanted]
 
 
-def read_few_shot_indices(path, dataset):
+def read_few_shot_indices(path: str | os.PathLike, dataset: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
     """
     The few-shot training and validation sets that a `shot_{K}-seed_{S}.json` file draws from a split file's sets.
 
@@ -213,15 +218,15 @@ def read_few_shot_indices(path, dataset):
 # Loading
 
 
-def _visible(folder, keep):
+def _visible(folder: Path, keep: Callable[[Path], bool]) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__")) and keep(p))
 
 
-def _is_image(path):
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
 
 
-def _split_folders(folder, subfolders):
+def _split_folders(folder: Path, subfolders: list[Path]) -> dict[str, Path]:
     """`{split: subfolder}` where all subfolders are named as splits, else one split, the folder itself."""
     if not subfolders or any(path.name.lower() not in SPLIT_NAMES for path in subfolders):
         return {"train": folder}
@@ -234,7 +239,7 @@ def _split_folders(folder, subfolders):
     return splits
 
 
-def _load_class_folders(folder):
+def _load_class_folders(folder: Path) -> datasets.DatasetDict:
     """
     Images in class folders, labelled by folder.
 
@@ -280,7 +285,7 @@ def _load_class_folders(folder):
     )
 
 
-def _parquet_splits(files, root):
+def _parquet_splits(files: list[Path], root: Path) -> dict[str, list[str]]:
     """`{split: [file]}`, by the first word of a file's name or by its folder's; all "train" where none is a split."""
     splits = {}
     for file in files:
@@ -295,7 +300,9 @@ def _parquet_splits(files, root):
     return {"train": splits[None]} if None in splits else splits
 
 
-def load_images(name_or_path, split=None, **kwargs):
+def load_images(
+    name_or_path: str | os.PathLike, split: str | None = None, **kwargs: Any
+) -> datasets.DatasetDict | datasets.Dataset:
     """
     Labelled images from what is on disk or, only if nothing is, from the Hub.
 
