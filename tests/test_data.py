@@ -7,12 +7,14 @@ import re
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import CLASS_NAMES, SHARED, encoded, image_dataset, make_image_processor, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from transformers import Siglip2ImageProcessor
 
 from coop_hf.data.few_shot import coop_few_shot_rows, resolve_labels, sample_few_shot
 from coop_hf.data.labelled_images import LabelledImages, collate
@@ -50,7 +52,7 @@ def test_resolve_labels_of_each_kind():
     "labels, feature, class_names, message",
     [
         ([0, 1], None, None, r"integers without names \(0, 1\).*pass `class_names="),
-        ([0, 3, 1], None, CLASS_NAMES, "Row 1 has the label 3 in the column 'label', but there are 3 classes"),
+        ([0, 3, 1], None, CLASS_NAMES, "Row 1 of the column 'label' has the label 3, but there are 3 classes"),
         (["cat", "cow"], None, CLASS_NAMES, "Row 1 has the label 'cow'.*not among the 3 class names"),
         ([0, None], None, CLASS_NAMES, "1 of 2 rows have no label.*row 1"),
         ([0, -1], datasets.ClassLabel(names=CLASS_NAMES), None, "1 of 2 rows have no label"),
@@ -136,7 +138,7 @@ def test_sample_few_shot_reads_no_image():
             "1 of 3 classes have no image: 'sea_lion'",
         ),
         ([0, 0, 1], {"num_shots": 1, "label_column": "y"}, ValueError, "no column 'y'; it has 'label', 'row'"),
-        ([0, 3], {"num_shots": 1, "class_names": CLASS_NAMES}, ValueError, "Row 1 has the label 3"),
+        ([0, 3], {"num_shots": 1, "class_names": CLASS_NAMES}, ValueError, "Row 1 of .* has the label 3"),
     ],
 )
 def test_bad_few_shot(labels, options, error, message):
@@ -275,6 +277,40 @@ def test_unreadable_images(processor, tmp_path, caplog):
     loader = DataLoader(images, batch_size=6, collate_fn=collate, num_workers=1, persistent_workers=True)
     with pytest.raises(ValueError, match="row 1, column 'image'"):
         list(loader)
+
+
+def test_long_and_thin_images_are_skipped(caplog):
+    dataset = datasets.Dataset.from_dict(
+        {"image": [encoded(picture(0)), encoded(PIL.Image.new("1", (5000, 1)))], "label": ["cat", "dog"]}
+    )
+    processor = make_image_processor(224)
+    with pytest.raises(ValueError, match="row 1, column 'image', cannot be read: .*too long and thin.*on_bad_image="):
+        LabelledImages(dataset, processor)[1]
+    with caplog.at_level(logging.WARNING):
+        assert LabelledImages(dataset, processor, on_bad_image="skip").skipped == [1]
+
+
+def test_original_views(processor):
+    dataset, processor = image_dataset(), make_image_processor(12)  # 37 x 29 becomes 15 x 12; half of 3 rounds to 2
+    own, original = LabelledImages(dataset, processor), LabelledImages(dataset, processor, original=True)
+    assert torch.equal(original.view(4), eval_transform(processor, original=True)(picture(4)))
+    assert not torch.allclose(original.view(4), own.view(4), atol=1e-3)
+    assert torch.equal(original.view(4, 0), own.view(4, 0)) and own.preprocessing_key() != original.preprocessing_key()
+
+
+def test_naflex_items_and_batches():
+    processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=12)
+    images = LabelledImages(image_dataset(4), processor, augment=True)
+    assert set(images.view(1)) == {"pixel_values", "pixel_attention_mask", "spatial_shapes"}
+    item = images[2]
+    assert item["labels"] == 2 and torch.equal(item["pixel_values"], images.view(2, 0)["pixel_values"])
+    batch = next(iter(DataLoader(images, batch_size=4, collate_fn=collate, num_workers=1)))
+    assert batch["pixel_values"].shape == (4, 12, 192) and batch["labels"].tolist() == [0, 1, 2, 0]
+    for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes"):
+        assert torch.equal(batch[name], torch.stack([images[i][name] for i in range(4)]))
+    assert not batch["spatial_shapes"].is_floating_point()
+    other = LabelledImages(image_dataset(4), Siglip2ImageProcessor(patch_size=8, max_num_patches=16))
+    assert other.view_key(0, 0) != images.view_key(0, 0) and other.preprocessing_key() != images.preprocessing_key()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 from ..checks import check_class_names, clean_class_name, some
 
 
-__all__ = ["coop_few_shot_rows", "resolve_labels", "sample_few_shot"]
+__all__ = ["check_labels", "coop_few_shot_rows", "resolve_labels", "sample_few_shot"]
 
 DRAWS = ("nested", "coop")
 
@@ -59,6 +59,33 @@ def _read_labels(dataset: datasets.Dataset, label_column: str) -> tuple[list, ob
             f"row {missing[0]}. Drop them, with `dataset.filter` or `dataset.select`, or label them."
         )
     return values, feature
+
+
+def check_labels(labels: np.ndarray, num_classes: int | None = None, where: str = "Item {row}") -> None:
+    """
+    Refuses labels that are no indices into the class list.
+
+    Args:
+        labels (`np.ndarray`):
+            Class indices, `(num_items,)`.
+        num_classes (`int`, *optional*):
+            Number of classes; without it only negative labels are found.
+        where (`str`, *optional*, defaults to `"Item {row}"`):
+            What the error calls the first such item.
+
+    Raises:
+        ValueError: if a label is negative or not below `num_classes`; names the first.
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= (np.inf if num_classes is None else num_classes)))
+    if len(outside):
+        row = int(outside[0])
+        top = "" if num_classes is None else f" to {num_classes - 1}"
+        given = "" if num_classes is None else f"there are {num_classes} classes, so "
+        raise ValueError(
+            f"{where.format(row=row)} has the label {labels[row]}, but {given}labels go from 0{top} "
+            f"({len(outside)} of {len(labels)} are outside). Correct the labels, leave these images out, or name all "
+            "classes as `class_names=`."
+        )
 
 
 def resolve_labels(
@@ -120,14 +147,7 @@ def resolve_labels(
     else:
         names = given
     labels = np.asarray(values, dtype=np.int64).reshape(-1)
-    outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(
-            f"Row {row} has the label {labels[row]} in the column '{label_column}', but there are {len(names)} "
-            f"classes, so labels go from 0 to {len(names) - 1} ({len(outside)} rows are outside). "
-            "Correct the labels or pass all names as `class_names=`."
-        )
+    check_labels(labels, len(names), f"Row {{row}} of the column '{label_column}'")
     return names, labels
 
 
