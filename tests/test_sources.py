@@ -1,6 +1,11 @@
 import copy
 import json
 import os
+import pickle
+import re
+import sys
+import types
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -75,7 +80,7 @@ def test_bad_coop_splits(benchmark):
         read_coop_split(write(path, "{"), root)
     with pytest.raises(ValueError, match="a list"):
         read_coop_split(write(path, []), root)
-    with pytest.raises(ValueError, match="is a pickle"):
+    with pytest.raises(ValueError, match="is a pickle.*docs/datasets.md has a few lines that convert"):
         read_coop_split("split.pkl", root)
 
 
@@ -252,3 +257,39 @@ def test_bad_folders(tmp_path):
     class_folders(tmp_path / "s" / "dev", ["cat"])
     with pytest.raises(ValueError, match="would both be the split 'validation'"):
         load_images(tmp_path / "s")
+
+
+def test_the_page_converts_index_files_of_the_original(benchmark, monkeypatch):
+    """In a pickle as the original writes it, of objects of a module that is not installed."""
+    folder, content = benchmark
+    monkeypatch.chdir(folder)
+    write(folder / "split_zhou_Caltech101.json", content)
+    record = type("Datum", (), {"__module__": "dassl.data.datasets.base_dataset", "__qualname__": "Datum"})
+    stub = types.ModuleType("dassl.data.datasets.base_dataset")
+    stub.Datum = record
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    for package in ("dassl", "dassl.data", "dassl.data.datasets"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    chosen, drawn = {"train": [4, 1], "val": [3]}, {}
+    for part, rows in chosen.items():
+        drawn[part] = []
+        for file, label, name in (content[part][row] for row in rows):
+            drawn[part].append(record())
+            drawn[part][-1].__dict__ = {
+                "_impath": f"/data/images/{file}", "_label": label, "_domain": 0, "_classname": name
+            }  # fmt: skip
+    (folder / "shot_16-seed_1.pkl").write_bytes(pickle.dumps(drawn, protocol=pickle.HIGHEST_PROTOCOL))
+    page = (Path(__file__).resolve().parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    exec(code, {})
+    split = read_coop_split(folder / "split_zhou_Caltech101.json", folder / "images")
+    few = read_few_shot_indices(folder / "shot_16-seed_1.json", split)
+    images = few["train"].cast_column("image", datasets.Image(decode=False))["image"]
+    assert [os.path.basename(image["path"]) for image in images] == ["train_4.jpg", "train_1.jpg"] and few[
+        "validation"
+    ]["label"][:] == [1]
+    with pytest.raises(ValueError, match="is a pickle"):
+        read_few_shot_indices(folder / "shot_16-seed_1.pkl", split)
+    (folder / "shot_16-seed_1.pkl").write_bytes(pickle.dumps({"train": [Path("x")]}))
+    with pytest.raises(pickle.UnpicklingError, match="no record of an image"):
+        exec(code, {})
