@@ -7,6 +7,9 @@ For class c with the texts t of its templates and the text tower g,
 as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4); one template makes it plain zero-shot CLIP.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from transformers import CLIPModel
@@ -84,14 +87,14 @@ IMAGENET_80_TEMPLATES = (
 )
 
 
-def get_base(model) -> CLIPModel:
+def get_base(model: Any) -> CLIPModel:
     """The CLIP model itself, of a `CoOpModel` or a `CLIPModel`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_base_model(base)
     return base
 
 
-def get_tokenizer(model, tokenizer):
+def get_tokenizer(model: Any, tokenizer: Any) -> Any:
     """The tokenizer: as given, or that of a processor; `None` takes the `CoOpModel`'s own."""
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -103,7 +106,7 @@ def get_tokenizer(model, tokenizer):
     return tokenizer
 
 
-def _layout(tokenizer, texts: list[str], max_positions: int, truncate: bool) -> PromptLayout:
+def _layout(tokenizer: Any, texts: list[str], max_positions: int, truncate: bool) -> PromptLayout:
     if not truncate:
         return tokenize_texts(tokenizer, texts, max_positions)
     sos, eos = special_token_ids(tokenizer)
@@ -112,7 +115,9 @@ def _layout(tokenizer, texts: list[str], max_positions: int, truncate: bool) -> 
 
 
 @torch.no_grad()
-def encode_texts(model, tokenizer, texts: list[str], batch_size: int = 256, truncate: bool = False) -> torch.Tensor:
+def encode_texts(
+    model: Any, tokenizer: Any, texts: list[str], batch_size: int = 256, truncate: bool = False
+) -> torch.Tensor:
     """Embeddings of finished texts.
 
     Args:
@@ -151,7 +156,7 @@ def encode_texts(model, tokenizer, texts: list[str], batch_size: int = 256, trun
 
 
 def mean_text_embeddings(
-    model, tokenizer, texts: list[list[str]], batch_size: int = 256, truncate: bool = False
+    model: Any, tokenizer: Any, texts: list[list[str]], batch_size: int = 256, truncate: bool = False
 ) -> torch.Tensor:
     """For each class the mean of the normalised embeddings of its texts, not normalised again.
 
@@ -180,7 +185,9 @@ def mean_text_embeddings(
     return sums / counts.to(sums.device)[:, None]
 
 
-def class_embeddings(model, tokenizer, class_names: list[str], templates, batch_size: int = 256) -> torch.Tensor:
+def class_embeddings(
+    model: Any, tokenizer: Any, class_names: list[str], templates: str | Sequence[str], batch_size: int = 256
+) -> torch.Tensor:
     """Class embeddings from hand-written templates, averaged as CLIP does.
 
     Args:
@@ -215,7 +222,7 @@ def class_embeddings(model, tokenizer, class_names: list[str], templates, batch_
 
 @torch.no_grad()
 def zero_shot_logits(
-    model,
+    model: Any,
     class_embeds: torch.Tensor,
     pixel_values: torch.Tensor | None = None,
     image_embeds: torch.Tensor | None = None,

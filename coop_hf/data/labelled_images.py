@@ -8,7 +8,7 @@ import operator
 import os
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from ..checks import some
 from .few_shot import _check_column, resolve_labels
+from .sources import as_dataset
 from .transforms import Pixels, check_image_size, decode_image, eval_transform, train_pixels, train_transform
 
 
@@ -40,8 +41,8 @@ class LabelledImages(torch.utils.data.Dataset):
     workers that are already running.
 
     Args:
-        dataset (`datasets.Dataset`):
-            One split of a data set.
+        dataset (`datasets.Dataset` or `Iterable`):
+            One split of a data set, or any iterable that `coop_hf.data.sources.as_dataset` takes.
         image_processor (`BaseImageProcessor` or `ProcessorMixin`):
             The model's image processor, or a processor that holds it.
         image_column (`str`, *optional*, defaults to `"image"`):
@@ -87,7 +88,7 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: datasets.Dataset | Iterable,
         image_processor: Any,
         image_column: str = "image",
         label_column: str = "label",
@@ -102,6 +103,7 @@ class LabelledImages(torch.utils.data.Dataset):
             raise ValueError(f"`on_bad_image` must be 'raise' or 'skip', got {on_bad_image!r}.")
         if not 0 <= operator.index(seed) < 2**32:
             raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {seed}.")
+        dataset = as_dataset(dataset, image_column, label_column)
         _check_column(dataset, image_column, "image_column")
         if len(dataset) == 0:
             raise ValueError("The data set has no rows: check the split and any filter or selection before this.")

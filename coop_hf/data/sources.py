@@ -3,6 +3,7 @@ benchmark.
 """
 
 import json
+import operator
 import os
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import datasets
 from ..checks import some
 
 
-__all__ = ["load_images", "read_coop_split", "read_few_shot_indices"]
+__all__ = ["as_dataset", "load_images", "read_coop_split", "read_few_shot_indices"]
 
 IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -239,7 +240,34 @@ def _split_folders(folder: Path, subfolders: list[Path]) -> dict[str, Path]:
     return splits
 
 
-def _load_class_folders(folder: Path) -> datasets.DatasetDict:
+def _class_folders(root: Path, leaf_folders: bool) -> list[Path]:
+    if leaf_folders:
+        below = [path for path in sorted(root.rglob("*")) if path.is_dir() and _visible(path, _is_image)]
+        return [p for p in below if not any(part.startswith((".", "__")) for part in p.relative_to(root).parts)]
+    folders = _visible(root, Path.is_dir)
+    for class_folder in folders:
+        nested = [p for p in class_folder.rglob("*") if _is_image(p) and p.parent != class_folder]
+        if nested:
+            raise ValueError(
+                f"'{nested[0]}' lies deeper than its class folder '{class_folder}'. Expected <folder>/<class>/<image> "
+                "or <folder>/<train|validation|test>/<class>/<image>: name the folder above these, move the "
+                "images, or pass `leaf_folders=True` if each folder that holds images is a class."
+            )
+    return folders
+
+
+def _leaf_names(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """The last part of each path, and where several paths end in it as many of the parts before as tell them apart."""
+    names = {}
+    for path in paths:
+        size = 1
+        while size < len(path) and sum(other[-size:] == path[-size:] for other in paths) > 1:
+            size += 1
+        names[path] = " ".join(path[-size:])
+    return names
+
+
+def _load_class_folders(folder: Path, leaf_folders: bool = False) -> datasets.DatasetDict:
     """
     Images in class folders, labelled by folder.
 
@@ -255,18 +283,14 @@ def _load_class_folders(folder: Path) -> datasets.DatasetDict:
                 "each class into a folder with its name."
             )
     found, names = {}, set()
+    folders = {split: _class_folders(root, leaf_folders) for split, root in splits.items()}
+    name_of = _leaf_names({folder.relative_to(splits[key]).parts for key, own in folders.items() for folder in own})
     for split, root in splits.items():
         found[split] = []
-        for class_folder in _visible(root, Path.is_dir):
-            nested = [p for p in class_folder.rglob("*") if _is_image(p) and p.parent != class_folder]
-            if nested:
-                raise ValueError(
-                    f"'{nested[0]}' lies deeper than its class folder '{class_folder}'. Expected "
-                    "<folder>/<class>/<image> or <folder>/<train|validation|test>/<class>/<image>: pass the "
-                    "folder directly above the class folders, or move the images."
-                )
-            names.add(class_folder.name)
-            found[split] += [(str(p), class_folder.name) for p in _visible(class_folder, _is_image)]
+        for class_folder in folders[split]:
+            name = name_of[class_folder.relative_to(root).parts]
+            names.add(name)
+            found[split] += [(str(p), name) for p in _visible(class_folder, _is_image)]
     names = sorted(names)
     empty = sorted(set(names) - {name for rows in found.values() for _, name in rows})
     if empty or not names:
@@ -301,7 +325,7 @@ def _parquet_splits(files: list[Path], root: Path) -> dict[str, list[str]]:
 
 
 def load_images(
-    name_or_path: str | os.PathLike, split: str | None = None, **kwargs: Any
+    name_or_path: str | os.PathLike, split: str | None = None, leaf_folders: bool = False, **kwargs: Any
 ) -> datasets.DatasetDict | datasets.Dataset:
     """
     Labelled images from what is on disk or, only if nothing is, from the Hub.
@@ -317,6 +341,9 @@ def load_images(
             - the id of a data set on the Hub.
         split (`str`, *optional*):
             Return only this split.
+        leaf_folders (`bool`, *optional*, defaults to `False`):
+            Class folders may lie at any depth: each folder that holds images is a class, named by its own name, and by
+            the folders above it too where several have that name ("church indoor", "church outdoor").
         kwargs (*optional*):
             Passed to `datasets.load_dataset` for a data set on the Hub (`name`, `revision`, `token`, ...).
 
@@ -359,7 +386,7 @@ def load_images(
             }
             loaded = datasets.load_dataset("imagefolder", data_dir=str(path), data_files=patterns)
         else:
-            loaded = _load_class_folders(path)
+            loaded = _load_class_folders(path, leaf_folders)
 
     if split is None:
         return loaded
@@ -368,3 +395,49 @@ def load_images(
     if split not in loaded:
         raise ValueError(f"'{path}' has no split '{split}'; it has {some(loaded)}.")
     return loaded[split]
+
+
+def as_dataset(data: Any, image_column: str = "image", label_column: str = "label") -> datasets.Dataset:
+    """
+    A `datasets.Dataset` of any labelled images: what is one already comes back as it is.
+
+    Args:
+        data (`Iterable`):
+            Dicts such as `{"image", "label"}`, or pairs of image and label, as torchvision's data sets give them; also
+            a streamed `datasets.IterableDataset`. It is read once, and images are kept encoded in memory.
+        image_column, label_column (`str`, *optional*, default to `"image"` and `"label"`):
+            Keys of dicts, and columns of the result.
+
+    Returns:
+        `datasets.Dataset`: images as `datasets.Image`; labels as they are, with names where `data` has them, in
+        `features` or in `classes`.
+
+    Raises:
+        TypeError: if it is no such thing; says what its first item is.
+        ValueError: if it is empty.
+    """
+    if isinstance(data, (datasets.Dataset, dict)):
+        return data  # several splits are refused where columns are looked up, which says which there are
+    images, labels = [], []
+    try:
+        has_length = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        for item in (data[index] for index in range(len(data))) if has_length else data:
+            pair = (item[image_column], item[label_column]) if isinstance(item, dict) else tuple(item)
+            if len(pair) != 2:
+                raise TypeError(f"an item of {len(pair)} parts")
+            images.append({"bytes": pair[0], "path": None} if isinstance(pair[0], bytes) else pair[0])
+            labels.append(pair[1] if isinstance(pair[1], str) else operator.index(pair[1]))
+    except (TypeError, KeyError) as error:
+        raise TypeError(
+            f"Expected a datasets.Dataset, or an iterable of {{'{image_column}', '{label_column}'}} or of pairs, "
+            f"image and label (a whole number or a name), got {type(data).__name__} ({type(error).__name__}: {error})."
+        ) from error
+    if not images:
+        raise ValueError("There are no images: the iterable is empty, or was read to its end before.")
+    names = getattr(data, "classes", None)
+    feature = (getattr(data, "features", None) or {}).get(label_column)
+    if feature is None:
+        kind = datasets.Value("string" if isinstance(labels[0], str) else "int64")
+        feature = datasets.ClassLabel(names=list(names)) if names and not isinstance(labels[0], str) else kind
+    features = datasets.Features({image_column: datasets.Image(), label_column: feature})
+    return datasets.Dataset.from_dict({image_column: images, label_column: labels}, features=features)

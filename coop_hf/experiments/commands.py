@@ -63,6 +63,9 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    leaf_folders: bool = field(
+        default=False, metadata={"help": "Class folders lie at any depth: each folder that holds images is a class."}
+    )
     style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji to learn on."})
     train_split: str = field(default="train", metadata={"help": "Split that the shots are drawn from."})
     eval_split: str | None = field(
@@ -130,7 +133,11 @@ def load_splits(args: DataArguments) -> dict[str, datasets.Dataset]:
     elif args.dataset is None:
         found = load_emoji(args.style)
     else:
-        found = load_images(args.dataset, **({"name": args.dataset_config} if args.dataset_config else {}))
+        found = load_images(
+            args.dataset,
+            leaf_folders=args.leaf_folders,
+            **({"name": args.dataset_config} if args.dataset_config else {}),
+        )
     if isinstance(found, datasets.Dataset):
         found = {args.train_split: found}
     splits: dict[str, datasets.Dataset] = {}
