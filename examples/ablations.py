@@ -9,17 +9,16 @@ Without arguments: the emoji images and the small emoji CLIP that come with the 
 """
 
 import os
-import sys
 import time
 from dataclasses import dataclass, field, replace
 
 from transformers import HfArgumentParser
 
 from coop_hf import emoji_model_path
-from coop_hf.experiments.commands import ProtocolArguments, prepare
+from coop_hf.experiments.commands import ProtocolArguments, prepare, run_command
 from coop_hf.experiments.methods import ABLATIONS, METHODS, ablation_methods
 from coop_hf.experiments.protocols import few_shot_curve
-from coop_hf.experiments.tables import results_table, scores_by_method
+from coop_hf.experiments.tables import results_table, scores_by_method, show_table
 
 
 @dataclass
@@ -39,7 +38,7 @@ def main() -> None:
     backbones = args.backbones or [args.base_model]
     names = [os.path.basename(os.path.normpath(name or emoji_model_path())) for name in backbones]
     if len(set(names)) < len(names):
-        sys.exit(f"Two of the backbones have the same name ({', '.join(names)}): their results would mix.")
+        raise ValueError(f"Two of the backbones have the same name ({', '.join(names)}): their results would mix.")
     for backbone, name in zip(backbones, names, strict=True):
         folder = os.path.join(args.output_dir, name) if args.backbones else args.output_dir
         model, task, options, _ = prepare(replace(args, base_model=backbone))
@@ -47,12 +46,9 @@ def main() -> None:
         path = os.path.join(folder, "ablations.json")
         results = few_shot_curve(model, task, path, options, methods, args.shots, args.seeds, args.overwrite)
         table = results_table(scores_by_method(results, methods, "shots"), args.shots, "shots of each class")
-        print(f"\n{task.name} on {name}; accuracy in %, mean ± standard deviation over {len(args.seeds)} seeds\n")
-        print(table + "\n")
-        with open(os.path.join(folder, "ablations.md"), "w", encoding="utf-8") as file:
-            file.write(table + "\n")
+        show_table(table, path, f"{task.name} on {name}", args.seeds)
         print(f"Written: {path}\nTime so far: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

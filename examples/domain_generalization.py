@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from transformers import HfArgumentParser
 
 from coop_hf.demo.emoji import EMOJI_STYLES
-from coop_hf.experiments.commands import ProtocolArguments, load_splits, prepare, read_class_names
+from coop_hf.experiments.commands import ProtocolArguments, load_splits, prepare, read_class_names, run_command
 from coop_hf.experiments.protocols import cross_dataset_transfer, domain_generalization
-from coop_hf.experiments.tables import results_table, scores_by_method
+from coop_hf.experiments.tables import results_table, scores_by_method, show_table
 from coop_hf.experiments.tasks import make_task
 
 
@@ -49,10 +49,9 @@ def main() -> None:
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
     start = time.perf_counter()
     model, source, options, methods = prepare(args)
-    is_emoji = args.dataset is None and args.coop_split is None
-    names = args.targets or ([style for style in EMOJI_STYLES if style != args.style] if is_emoji else [])
+    names = args.targets or ([style for style in EMOJI_STYLES if style != args.style] if args.is_emoji else [])
     if not names:
-        raise SystemExit("Pass the data sets to test on: --targets NAME NAME ...")
+        raise ValueError("Pass the data sets to test on: --targets NAME NAME ...")
     class_names = {name: read_class_names(path) for name, path in by_target(args.target_names_files).items()}
     maps = {}
     for name, path in by_target(args.class_map_files).items():
@@ -61,8 +60,8 @@ def main() -> None:
     columns = (args.target_image_column or args.image_column, args.target_label_column or args.label_column)
     targets = []
     for path in names:
-        other = replace(args, style=path) if is_emoji else replace(args, dataset=path, coop_split=None)
-        splits = load_splits(other)
+        other = replace(args, style=path) if args.is_emoji else replace(args, dataset=path, coop_split=None)
+        splits = load_splits(replace(other, train_split="train", eval_split=None))
         name = os.path.basename(path)
         test = {"test": splits.get("test", next(iter(splits.values())))}
         targets.append(make_task(model, test, name, *columns, class_names.get(name)))
@@ -76,13 +75,9 @@ def main() -> None:
         results = domain_generalization(*common, class_maps=maps, overwrite=args.overwrite)
     columns = [source.name, *(target.name for target in targets)]
     table = results_table(scores_by_method(results, methods, "scores"), columns, f"learned on {source.name}")
-    print(
-        f"\n{args.shots[0]} shots; accuracy in %, mean ± standard deviation over {len(args.seeds)} seeds\n\n{table}\n"
-    )
-    with open(os.path.join(args.output_dir, f"{protocol}.md"), "w", encoding="utf-8") as file:
-        file.write(table + "\n")
+    show_table(table, path, f"{args.shots[0]} shots", args.seeds)
     print(f"Written: {path}\nTime: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

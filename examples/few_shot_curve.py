@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from coop_hf.experiments.commands import ProtocolArguments, prepare
+from coop_hf.experiments.commands import ProtocolArguments, prepare, run_command
 from coop_hf.experiments.methods import METHODS
 from coop_hf.experiments.plotting import plot_few_shot_curves
 from coop_hf.experiments.protocols import few_shot_curve
-from coop_hf.experiments.tables import results_table, scores_by_method
+from coop_hf.experiments.tables import results_table, scores_by_method, show_table
 
 
 @dataclass
@@ -39,21 +39,19 @@ def main() -> None:
     scores = scores_by_method(results, methods, "shots")
     table = results_table(scores, args.shots, "shots of each class")
     title = f"{task.name}, {len(task.class_names)} classes, {len(task.parts['test'][1])} test images"
-    print(f"\n{title}; accuracy in %, mean ± standard deviation over {len(args.seeds)} seeds\n\n{table}\n")
-    with open(os.path.join(args.output_dir, "few_shot_curve.md"), "w", encoding="utf-8") as file:
-        file.write(table + "\n")
+    show_table(table, path, title, args.seeds)
     try:
-        picture, numbers = plot_few_shot_curves(
+        image, numbers = plot_few_shot_curves(
             {name: by_shots for name, by_shots in scores.items() if 0 not in by_shots},
             os.path.join(args.output_dir, "few_shot_curve.png"),
             {name: by_shots[0][0] for name, by_shots in scores.items() if 0 in by_shots},
             title,
         )
-        print(f"Written: {path}, {picture}, {numbers}")
+        print(f"Written: {path}, {image}, {numbers}")
     except ImportError as error:
         print(f"Written: {path}. No image: {error}")
     print(f"Time: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from coop_hf.experiments.commands import ProtocolArguments, prepare
+from coop_hf.experiments.commands import ProtocolArguments, prepare, run_command
 from coop_hf.experiments.protocols import label_noise
-from coop_hf.experiments.tables import results_table, scores_by_method
+from coop_hf.experiments.tables import results_table, scores_by_method, show_table
 
 
 @dataclass
@@ -36,13 +36,9 @@ def main() -> None:
     )
     headers = [f"{100 * share:g} %" for share in args.noise]
     table = results_table(scores_by_method(results, methods, "noise"), args.noise, "wrong labels", headers)
-    print(
-        f"\n{args.shots[0]} shots; accuracy in %, mean ± standard deviation over {len(args.seeds)} seeds\n\n{table}\n"
-    )
-    with open(os.path.join(args.output_dir, "label_noise.md"), "w", encoding="utf-8") as file:
-        file.write(table + "\n")
+    show_table(table, path, f"{args.shots[0]} shots", args.seeds)
     print(f"Written: {path}\nTime: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

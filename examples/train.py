@@ -8,25 +8,13 @@ Without arguments: the small emoji CLIP and the emoji images that come with the 
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 
-from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser, set_seed
 
-from coop_hf import (
-    CoOpConfig,
-    CoOpModel,
-    CoOpTrainer,
-    CoOpTrainingArguments,
-    emoji_model_path,
-    load_emoji,
-    load_images,
-    read_coop_split,
-    read_few_shot_indices,
-    sample_few_shot,
-)
+from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, emoji_model_path
+from coop_hf.experiments.commands import DataArguments, draw_train_and_test, run_command
 
 
 # For the embedded default, chosen on its validation part: the best of the templates that the protocols try, and a
@@ -59,80 +47,26 @@ class ModelArguments:
     )
 
 
-@dataclass
-class DataArguments:
-    """Which images."""
-
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, folder of class folders (or of train/ and test/), saved data set, or parquet files. "
-            "Default: the embedded emoji images."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji images."})
-    train_split: str = field(default="train", metadata={"help": "Split that the shots are drawn from."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: test or validation."})
-    class_names: str | None = field(default=None, metadata={"help": "Names of the classes, separated by commas."})
-    coop_split: str | None = field(default=None, metadata={"help": "A split_zhou_*.json of the CoOp benchmark."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the images of --coop_split."})
-    few_shot_indices: str | None = field(default=None, metadata={"help": "A few-shot file of the CoOp benchmark."})
-
-
-def load_data(args: DataArguments, num_shots: int, label_column: str, seed: int) -> tuple[Dataset, Dataset]:
-    """The training images (`num_shots` of each class, 0: all) and the images to test on."""
-    names = None if args.class_names is None else [name.strip() for name in args.class_names.split(",")]
-    if args.coop_split is not None:
-        splits = read_coop_split(args.coop_split, args.image_root)
-        if args.few_shot_indices is not None:
-            return read_few_shot_indices(args.few_shot_indices, splits)["train"], splits["test"]
-    elif args.dataset is None:
-        splits = load_emoji(args.style)
-    else:
-        splits = load_images(args.dataset, **({"name": args.dataset_config} if args.dataset_config else {}))
-    if isinstance(splits, Dataset):
-        splits = DatasetDict({args.train_split: splits})
-    for split in filter(None, (args.train_split, args.eval_split)):
-        if split not in splits:
-            sys.exit(f"There is no split {split!r} in the data set; it has {', '.join(map(repr, splits))}.")
-    pool = splits[args.train_split]
-    eval_split = args.eval_split or next((s for s in ("test", "validation", "valid", "val") if s in splits), None)
-    if num_shots == 0:
-        if eval_split is None:
-            sys.exit("With all images for training none is left to test on: pass --eval_split or --num_shots.")
-        return pool, splits[eval_split]
-    if eval_split is not None:
-        return sample_few_shot(pool, num_shots, label_column, seed, names), splits[eval_split]
-    # One split alone: what is not drawn is tested on.
-    numbered = pool.add_column("_row", list(range(len(pool))))
-    train = sample_few_shot(numbered, num_shots, label_column, seed, names)
-    drawn = set(train["_row"])
-    rest = pool.select([row for row in range(len(pool)) if row not in drawn])
-    return train.remove_columns("_row"), rest
-
-
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, CoOpTrainingArguments))
     parser.set_defaults(num_shots=16, output_dir="coop_output", seed=1, save_strategy="no")
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     start = time.perf_counter()
 
-    train, test = load_data(data_args, training_args.num_shots, training_args.label_column, training_args.seed)
+    train, test = draw_train_and_test(
+        data_args, training_args.num_shots, training_args.label_column, training_args.seed
+    )
     set_seed(training_args.seed)
-    is_embedded = data_args.dataset is None and data_args.coop_split is None
     names = ("n_ctx", "class_token_position", "class_specific", "ctx_init")
     given = {name: getattr(model_args, name) for name in names if getattr(model_args, name) is not None}
-    if is_embedded and not given.keys() & {"n_ctx", "class_specific", "ctx_init"}:
+    if data_args.is_emoji and not given.keys() & {"n_ctx", "class_specific", "ctx_init"}:
         given |= EMOJI_CONTEXT
     if model_args.template is not None:
         given["template"] = model_args.template
-    elif is_embedded:
+    elif data_args.is_emoji:
         given["template"] = EMOJI_TEMPLATE
-    names = data_args.class_names
-    if names is not None:
-        names = [name.strip() for name in names.split(",")]
-    elif hasattr(train.features.get(training_args.label_column), "names"):
+    names = data_args.read_class_names()
+    if names is None and hasattr(train.features.get(training_args.label_column), "names"):
         names = train.features[training_args.label_column].names
     model = CoOpModel.from_pretrained(
         model_args.base_model or emoji_model_path(),
@@ -189,4 +123,4 @@ def show(model: CoOpModel, args: CoOpTrainingArguments, results: dict, num_train
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,6 +31,7 @@ needs_published = pytest.mark.skipif(not PUBLISHED.is_file(), reason="no ../shar
 NAMES = ["cat", "sea_lion"]
 PROMPTS = {"Sea lion": ["A sea lion swims.", "It is big."], "cat": ["A cat sits.", "A cat is small.", "It purrs."]}
 WORDS = "a an cat dog owl lion sea red big is has fur looks like what does look describe ?".split()
+WORDS += ["abcdef"]  # what transformers tries a tokenizer with before it looks for stop strings
 
 
 @pytest.fixture(scope="module")

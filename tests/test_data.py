@@ -1,17 +1,22 @@
 import copy
+import json
 import logging
 import pickle
+import random
+import re
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from conftest import CLASS_NAMES, encoded, image_dataset, make_image_processor, picture
+from conftest import CLASS_NAMES, SHARED, encoded, image_dataset, make_image_processor, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from transformers import Siglip2ImageProcessor
 
-from coop_hf.data.few_shot import resolve_labels, sample_few_shot
+from coop_hf.data.few_shot import coop_few_shot_rows, resolve_labels, sample_few_shot
 from coop_hf.data.labelled_images import LabelledImages, collate
 from coop_hf.data.transforms import eval_transform, train_transform
 
@@ -47,7 +52,7 @@ def test_resolve_labels_of_each_kind():
     "labels, feature, class_names, message",
     [
         ([0, 1], None, None, r"integers without names \(0, 1\).*pass `class_names="),
-        ([0, 3, 1], None, CLASS_NAMES, "Row 1 has the label 3 in the column 'label', but there are 3 classes"),
+        ([0, 3, 1], None, CLASS_NAMES, "Row 1 of the column 'label' has the label 3, but there are 3 classes"),
         (["cat", "cow"], None, CLASS_NAMES, "Row 1 has the label 'cow'.*not among the 3 class names"),
         ([0, None], None, CLASS_NAMES, "1 of 2 rows have no label.*row 1"),
         ([0, -1], datasets.ClassLabel(names=CLASS_NAMES), None, "1 of 2 rows have no label"),
@@ -58,8 +63,7 @@ def test_resolve_labels_of_each_kind():
             ["a", "b"],
             "has 2 names, but the column 'label' has 3 classes",
         ),
-        ([0, 1], None, ["a", "a"], "repeated: 'a'"),
-        ([0, 1], None, ["a", " "], "Class name 1 is ' '"),
+        ([0, 1], None, ["a", " "], "class name 1 is empty"),
         ([0, 1], None, [], "`class_names` is empty"),
         ([0.5, 1.0], None, CLASS_NAMES, "must be a ClassLabel, integers or strings.*float64"),
         ([True, False], None, CLASS_NAMES, "must be a ClassLabel, integers or strings.*bool"),
@@ -72,7 +76,7 @@ def test_bad_labels(labels, feature, class_names, message):
 
 
 def test_bad_label_arguments():
-    with pytest.raises(TypeError, match="single string 'cat'"):
+    with pytest.raises(ValueError, match="single string 'cat'"):
         resolve_labels(label_dataset([0]), class_names="cat")
     with pytest.raises(ValueError, match="no column 'target'; it has 'label', 'row'.*`label_column=`"):
         resolve_labels(label_dataset([0]), "target")
@@ -124,6 +128,7 @@ def test_sample_few_shot_reads_no_image():
     [
         ([0, 0, 1], {"num_shots": 0}, ValueError, "`num_shots` must be at least 1, got 0"),
         ([0, 0, 1], {"num_shots": 1.5}, TypeError, "must be integers, got 1.5"),
+        ([0, 0, 1], {"num_shots": 1, "draw": "dassl"}, ValueError, "`draw` must be 'nested' or 'coop', got 'dassl'"),
         ([0, 0, 1], {"num_shots": 1, "seed": -1}, ValueError, "`seed` must be from 0"),
         ([0, 0, 1], {"num_shots": 2}, ValueError, r"fewer than 2 images: '1 \(1\)'.*at most 1 shots"),
         (
@@ -133,12 +138,40 @@ def test_sample_few_shot_reads_no_image():
             "1 of 3 classes have no image: 'sea_lion'",
         ),
         ([0, 0, 1], {"num_shots": 1, "label_column": "y"}, ValueError, "no column 'y'; it has 'label', 'row'"),
-        ([0, 3], {"num_shots": 1, "class_names": CLASS_NAMES}, ValueError, "Row 1 has the label 3"),
+        ([0, 3], {"num_shots": 1, "class_names": CLASS_NAMES}, ValueError, "Row 1 of .* has the label 3"),
     ],
 )
 def test_bad_few_shot(labels, options, error, message):
     with pytest.raises(error, match=message):
         sample_few_shot(label_dataset(labels), **options)
+
+
+def test_the_draw_of_the_public_code_in_closed_form():
+    labels = ["b", "a", "b", "b", "a", "c"]
+    random.seed(5)
+    state = random.getstate()
+    train, val = coop_few_shot_rows(2, 7, labels, [1, 1, 1, 0, 1, 1])
+    assert random.getstate() == state
+    random.seed(7)  # once for all; classes as they first occur; a class with fewer rows gives all of them, undrawn
+    expected = random.sample([0, 2, 3], 2) + random.sample([1, 4], 2) + [5]
+    assert train == expected and val == random.sample([0, 1, 2, 4, 5], 2) + [3]
+    drawn = sample_few_shot(label_dataset(labels), 2, seed=7, allow_fewer=True, draw="coop")
+    assert drawn["row"][:] == train
+    assert len(coop_few_shot_rows(16, 1, [0] * 20, [0] * 20)[1]) == 4
+
+
+def test_the_draw_of_the_public_code_is_that_of_its_index_files():
+    folder = SHARED / "splits"
+    if not (folder / "indices_caltech101").is_dir():
+        pytest.skip("no ../shared/data/splits/indices_caltech101 here")
+    split = json.loads((folder / "split_zhou_Caltech101.json").read_text())
+    labels = [[label for _, label, _ in split[part]] for part in ("train", "val")]
+    files = sorted((folder / "indices_caltech101").glob("shot_*-seed_*.json"))
+    assert len(files) == 15
+    for file in files:
+        shots, seed = map(int, re.findall(r"\d+", file.stem))
+        content = json.loads(file.read_text())
+        assert coop_few_shot_rows(shots, seed, *labels) == [content[part]["indices"] for part in ("train", "val")]
 
 
 # The data set of a training
@@ -244,6 +277,40 @@ def test_unreadable_images(processor, tmp_path, caplog):
     loader = DataLoader(images, batch_size=6, collate_fn=collate, num_workers=1, persistent_workers=True)
     with pytest.raises(ValueError, match="row 1, column 'image'"):
         list(loader)
+
+
+def test_long_and_thin_images_are_skipped(caplog):
+    dataset = datasets.Dataset.from_dict(
+        {"image": [encoded(picture(0)), encoded(PIL.Image.new("1", (5000, 1)))], "label": ["cat", "dog"]}
+    )
+    processor = make_image_processor(224)
+    with pytest.raises(ValueError, match="row 1, column 'image', cannot be read: .*too long and thin.*on_bad_image="):
+        LabelledImages(dataset, processor)[1]
+    with caplog.at_level(logging.WARNING):
+        assert LabelledImages(dataset, processor, on_bad_image="skip").skipped == [1]
+
+
+def test_original_views(processor):
+    dataset, processor = image_dataset(), make_image_processor(12)  # 37 x 29 becomes 15 x 12; half of 3 rounds to 2
+    own, original = LabelledImages(dataset, processor), LabelledImages(dataset, processor, original=True)
+    assert torch.equal(original.view(4), eval_transform(processor, original=True)(picture(4)))
+    assert not torch.allclose(original.view(4), own.view(4), atol=1e-3)
+    assert torch.equal(original.view(4, 0), own.view(4, 0)) and own.preprocessing_key() != original.preprocessing_key()
+
+
+def test_naflex_items_and_batches():
+    processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=12)
+    images = LabelledImages(image_dataset(4), processor, augment=True)
+    assert set(images.view(1)) == {"pixel_values", "pixel_attention_mask", "spatial_shapes"}
+    item = images[2]
+    assert item["labels"] == 2 and torch.equal(item["pixel_values"], images.view(2, 0)["pixel_values"])
+    batch = next(iter(DataLoader(images, batch_size=4, collate_fn=collate, num_workers=1)))
+    assert batch["pixel_values"].shape == (4, 12, 192) and batch["labels"].tolist() == [0, 1, 2, 0]
+    for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes"):
+        assert torch.equal(batch[name], torch.stack([images[i][name] for i in range(4)]))
+    assert not batch["spatial_shapes"].is_floating_point()
+    other = LabelledImages(image_dataset(4), Siglip2ImageProcessor(patch_size=8, max_num_patches=16))
+    assert other.view_key(0, 0) != images.view_key(0, 0) and other.preprocessing_key() != images.preprocessing_key()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 import logging
 import os
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers import Siglip2ImageProcessor
 
 from coop_hf import CoOpModel, EmbeddedImages, LabelledImages, embed_images
 from coop_hf.data.feature_cache import FeatureCache, default_cache_dir
+from coop_hf.data.few_shot import check_labels
 from coop_hf.data.transforms import train_transform
 
 
@@ -159,6 +162,72 @@ def test_damaged_it_says_so_and_is_rebuilt(model, processor, tmp_path, caplog, d
     assert "damaged" in caplog.text and str(path) in caplog.text
 
 
+def test_a_file_that_is_removed_while_it_is_read_is_computed_again(model, processor, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("coop_hf.data.feature_cache._FILE_ROWS", 4)
+    images = labelled(pictures(10), processor)
+    good = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    real = FeatureCache.get
+
+    def clear_first(self, ids):
+        for path in sorted(tmp_path.rglob("*.safetensors"))[:2]:
+            path.unlink()
+        return real(self, ids)
+
+    monkeypatch.setattr(FeatureCache, "get", clear_first)
+    again = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    torch.testing.assert_close(again, good, rtol=1e-5, atol=1e-6)
+    assert caplog.text.count("went away") == 2
+
+
+def test_processors_of_different_kinds_are_not_mixed_up(model, image_processor, tmp_path, counted):
+    images = pictures(3)
+    other = type("CLIPImageProcessor", (type(image_processor),), {})(**image_processor.to_dict())  # another backend
+    assert other.to_json_string() == image_processor.to_json_string()
+    for kind in (image_processor, other):
+        embed_images(model, labelled(images, kind), cache_dir=tmp_path, progress=False)
+    embed_images(model, labelled(images, image_processor, original=True), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 9
+
+
+class FlexibleTower:
+    """An image tower in the form of SigLIP 2's: what is padded does not count."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.base = torch.nn.ModuleDict({"vision_model": torch.nn.Linear(192, 5), "text_model": torch.nn.Linear(2, 2)})
+        self.base.config = SimpleNamespace(
+            vision_config=SimpleNamespace(to_json_string=lambda: "flexible"), projection_dim=5
+        )
+        self.seen = 0
+
+    def get_base_model(self):
+        return self.base
+
+    def get_image_features(self, pixel_values, pixel_attention_mask, spatial_shapes):
+        self.seen += len(pixel_values)
+        assert torch.equal(pixel_attention_mask.sum(1), spatial_shapes.prod(1).to(pixel_attention_mask.dtype))
+        return (self.base["vision_model"](pixel_values) * pixel_attention_mask[..., None]).sum(1)
+
+
+def test_naflex_images_are_embedded_with_their_masks(tmp_path):
+    tower, images = FlexibleTower(), labelled(pictures(5), Siglip2ImageProcessor(patch_size=8, max_num_patches=9))
+    embeddings = embed_images(tower, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    with torch.no_grad():
+        expected = [tower.get_image_features(**{k: v[None] for k, v in images.view(i).items()})[0] for i in range(5)]
+        torch.testing.assert_close(embeddings[0], torch.stack(expected))
+        tower.base["text_model"].weight.add_(1)  # of no account for images
+    tower.seen = 0
+    assert torch.equal(embed_images(tower, images, cache_dir=tmp_path, progress=False), embeddings)
+    assert tower.seen == 0
+    with torch.no_grad():
+        tower.base["vision_model"].bias.add_(1)
+    assert not torch.equal(embed_images(tower, images, cache_dir=tmp_path, progress=False), embeddings)
+    views = embed_images(tower, labelled(pictures(5), Siglip2ImageProcessor(patch_size=8, max_num_patches=9)), 2,
+                         cache_dir=tmp_path, progress=False)  # fmt: skip
+    assert views.shape == (2, 5, 5)
+
+
 def test_a_changed_file_is_computed_again(model, processor, tmp_path, counted):
     path = tmp_path / "image.png"
     PIL.Image.new("RGB", (20, 20), "red").save(path)
@@ -201,5 +270,12 @@ def test_embedded_images_take_views_in_turn():
 def test_embedded_images_refuse_what_does_not_pair_up():
     with pytest.raises(ValueError, match="3 image embeddings and 2 labels"):
         EmbeddedImages(torch.zeros(3, 4), [0, 1])
+    with pytest.raises(ValueError, match=r"Image 1 has the label -1, but labels go from 0 \(1 of 3 are outside\)"):
+        EmbeddedImages(torch.zeros(3, 4), [0, -1, 2])
+    with pytest.raises(ValueError, match=r"whole numbers \(num_images,\), got float64"):
+        EmbeddedImages(torch.zeros(2, 4), [0.5, 1.0])
+    assert EmbeddedImages(torch.zeros(2, 4), [-100, 1]).labels.tolist() == [-100, 1]  # not labelled
+    with pytest.raises(ValueError, match="Item 1 has the label 3, but there are 3 classes, so labels go from 0 to 2"):
+        check_labels(np.array([0, 3]), 3)
     with pytest.raises(ValueError, match="NaN or infinite"):
         EmbeddedImages(torch.full((2, 4), torch.nan), [0, 1])

@@ -1,14 +1,22 @@
 import copy
 import json
 import os
+import pickle
+import re
+import sys
+import types
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from conftest import SHARED, image_dataset, picture
+import torch
+from conftest import CLASS_NAMES, SHARED, image_dataset, make_image_processor, picture
 
 from coop_hf.data.few_shot import resolve_labels
-from coop_hf.data.sources import load_images, read_coop_split, read_few_shot_indices
+from coop_hf.data.labelled_images import LabelledImages
+from coop_hf.data.sources import as_dataset, load_images, read_coop_split, read_few_shot_indices
+from coop_hf.data.transforms import eval_transform
 
 
 needs_splits = pytest.mark.skipif(not (SHARED / "splits").is_dir(), reason="no ../shared/data/splits here")
@@ -75,7 +83,7 @@ def test_bad_coop_splits(benchmark):
         read_coop_split(write(path, "{"), root)
     with pytest.raises(ValueError, match="a list"):
         read_coop_split(write(path, []), root)
-    with pytest.raises(ValueError, match="is a pickle"):
+    with pytest.raises(ValueError, match="is a pickle.*docs/datasets.md has a few lines that convert"):
         read_coop_split("split.pkl", root)
 
 
@@ -252,3 +260,103 @@ def test_bad_folders(tmp_path):
     class_folders(tmp_path / "s" / "dev", ["cat"])
     with pytest.raises(ValueError, match="would both be the split 'validation'"):
         load_images(tmp_path / "s")
+
+
+def test_the_page_converts_index_files_of_the_original(benchmark, monkeypatch):
+    """In a pickle as the original writes it, of objects of a module that is not installed."""
+    folder, content = benchmark
+    monkeypatch.chdir(folder)
+    write(folder / "split_zhou_Caltech101.json", content)
+    record = type("Datum", (), {"__module__": "dassl.data.datasets.base_dataset", "__qualname__": "Datum"})
+    stub = types.ModuleType("dassl.data.datasets.base_dataset")
+    stub.Datum = record
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    for package in ("dassl", "dassl.data", "dassl.data.datasets"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    chosen, drawn = {"train": [4, 1], "val": [3]}, {}
+    for part, rows in chosen.items():
+        drawn[part] = []
+        for file, label, name in (content[part][row] for row in rows):
+            drawn[part].append(record())
+            drawn[part][-1].__dict__ = {
+                "_impath": f"/data/images/{file}", "_label": label, "_domain": 0, "_classname": name
+            }  # fmt: skip
+    (folder / "shot_16-seed_1.pkl").write_bytes(pickle.dumps(drawn, protocol=pickle.HIGHEST_PROTOCOL))
+    page = (Path(__file__).resolve().parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    exec(code, {})
+    split = read_coop_split(folder / "split_zhou_Caltech101.json", folder / "images")
+    few = read_few_shot_indices(folder / "shot_16-seed_1.json", split)
+    images = few["train"].cast_column("image", datasets.Image(decode=False))["image"]
+    assert [os.path.basename(image["path"]) for image in images] == ["train_4.jpg", "train_1.jpg"] and few[
+        "validation"
+    ]["label"][:] == [1]
+    with pytest.raises(ValueError, match="is a pickle"):
+        read_few_shot_indices(folder / "shot_16-seed_1.pkl", split)
+    (folder / "shot_16-seed_1.pkl").write_bytes(pickle.dumps({"train": [Path("x")]}))
+    with pytest.raises(pickle.UnpicklingError, match="no record of an image"):
+        exec(code, {})
+
+
+def test_leaf_folders(tmp_path):
+    for part, folders in {"train": ["a/abbey", "c/church/indoor", "c/church/outdoor", "d/barn/outdoor"],
+                          "test": ["c/church/outdoor"]}.items():  # fmt: skip
+        for index, folder in enumerate(folders):
+            (tmp_path / part / folder).mkdir(parents=True)
+            picture(index).save(tmp_path / part / folder / "x.png")
+    (tmp_path / "train" / ".hidden").mkdir()
+    picture(9).save(tmp_path / "train" / ".hidden" / "x.png")
+    with pytest.raises(ValueError, match="lies deeper than its class folder.*leaf_folders=True"):
+        load_images(tmp_path)
+    data = load_images(tmp_path, leaf_folders=True)
+    names = data["train"].features["label"].names
+    assert names == ["abbey", "barn outdoor", "church outdoor", "indoor"] == data["test"].features["label"].names
+    assert [names[label] for label in data["train"]["label"]] == ["abbey", "indoor", "church outdoor", "barn outdoor"]
+    assert np.array_equal(np.asarray(data["train"][3]["image"]), np.asarray(picture(3)))
+    assert load_images(tmp_path / "test" / "c", leaf_folders=True)["train"].features["label"].names == ["outdoor"]
+
+
+class Pairs:
+    """In the form of torchvision's `ImageFolder`."""
+
+    classes = ["cat", "dog"]
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return picture(index), index % 2
+
+
+def test_any_iterable_of_labelled_images(tmp_path):
+    expected = [np.asarray(picture(index)) for index in range(3)]
+    for index in range(3):
+        picture(index).save(tmp_path / f"{index}.png")
+    paths = [(str(tmp_path / f"{index}.png"), "cat" if index % 2 == 0 else "dog") for index in range(3)]
+    whole = image_dataset(3)
+    for data, options, names in (
+        (Pairs(), {}, ["cat", "dog"]),
+        (paths, {}, None),
+        ((pair for pair in paths), {}, None),
+        ([{"photo": (tmp_path / f"{i}.png").read_bytes(), "kind": np.int64(i % 2)} for i in range(3)],
+         {"image_column": "photo", "label_column": "kind"}, None),
+        (whole.to_iterable_dataset(), {}, CLASS_NAMES),
+    ):  # fmt: skip
+        made = as_dataset(data, **options)
+        image_column, label_column = made.column_names
+        assert [np.array_equal(np.asarray(a), b) for a, b in zip(made[image_column], expected)] == [True] * 3
+        assert getattr(made.features[label_column], "names", None) == names
+        resolve_labels(made, label_column, names or ["cat", "dog"])
+    assert as_dataset(whole) is whole
+    processor = make_image_processor(24)
+    images = LabelledImages(Pairs(), processor)
+    assert images.class_names == ["cat", "dog"] and images.labels.tolist() == [0, 1, 0]
+    assert torch.equal(images[1]["pixel_values"], eval_transform(processor)(picture(1)))
+    with pytest.raises(TypeError, match="got list .*KeyError: 'image'"):
+        as_dataset([{"img": 1, "label": 0}])
+    with pytest.raises(TypeError, match="an item of 3 parts"):
+        as_dataset([(picture(0), 1, 2)])
+    with pytest.raises(TypeError, match="got int"):
+        as_dataset(3)
+    with pytest.raises(ValueError, match="no images"):
+        as_dataset([])

@@ -10,9 +10,15 @@ import torch
 from conftest import SHARED, encoded, make_image_processor, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPImageProcessor
+from transformers import (
+    ChineseCLIPImageProcessor,
+    CLIPImageProcessor,
+    EfficientNetImageProcessor,
+    Siglip2ImageProcessor,
+    SiglipImageProcessor,
+)
 
-from coop_hf.data.transforms import _crop_box, decode_image, eval_transform, to_rgb, train_transform
+from coop_hf.data.transforms import _crop_box, check_image_size, decode_image, eval_transform, to_rgb, train_transform
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +213,104 @@ def test_other_processors_and_bad_ones():
         train_transform(Square(), scale=(0, 1))
     with pytest.raises(ValueError, match="`ratio` must be"):
         train_transform(Square(), ratio=(2, 1))
+
+
+# The public code's test transform, as torchvision publishes it: `Resize(224)` makes the short side 224 and the long
+# one int(224 · long / short); `CenterCrop` starts at int(round((height - 224) / 2.0)), and so for the width.
+LONG_SIDES = (320, 400, 427, 480, 500, 512, 600, 640, 768, 800, 1000, 1024, 1280, 1600)
+COMMON_SIZES = [
+    size
+    for long in LONG_SIDES
+    for across, down in ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9))
+    for size in ((long, round(long * down / across)), (round(long * down / across), long))
+]
+
+
+def test_original_is_torchvisions_centre_crop():
+    processor, noise = make_image_processor(224), picture(3, (1600, 1600))
+    original, own = eval_transform(processor, original=True), eval_transform(processor)
+    assert len(COMMON_SIZES) == 140
+    other = set()
+    for width, height in [*COMMON_SIZES, (640, 427), (500, 334), (333, 427)]:
+        image = noise.crop((0, 0, width, height))
+        short, long = min(width, height), max(width, height)
+        resized = [224 if side == short else int(224 * long / short) for side in (width, height)]
+        left, top = (int(round((side - 224) / 2.0)) for side in resized)
+        crop = np.asarray(image.resize(resized, PIL.Image.Resampling.BICUBIC))[top : top + 224, left : left + 224]
+        expected = (crop / 255.0 - processor.image_mean) / processor.image_std
+        pixels = original(image)
+        assert pixels.dtype == torch.float32 and np.allclose(pixels, expected.transpose(2, 0, 1), atol=1e-5)
+        if not torch.allclose(pixels, own(image), atol=1e-5):
+            other.add((width, height))
+            assert (max(resized) - 224) % 4 == 3  # a rest of 4n + 3: half of it rounds up to the even neighbour
+    assert {(640, 427), (500, 334), (333, 427)} <= other and 10 < len(other) < 50
+
+
+def test_original_leaves_other_processors_alone():
+    image = picture(5, (70, 50))
+    for processor in (
+        SiglipImageProcessor(size={"height": 24, "width": 24}),
+        Siglip2ImageProcessor(patch_size=8, max_num_patches=12),
+        CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 24, "width": 24}),  # pads
+    ):
+        transform = eval_transform(processor, original=True)
+        assert transform.func is eval_transform(processor).func and transform(image) is not None
+
+
+def families():
+    fixed = {"height": 24, "width": 20}
+    return {
+        "SigLIP": SiglipImageProcessor(size=fixed),
+        "SigLIP 2, bilinear": SiglipImageProcessor(size=fixed, resample=2),
+        "ChineseCLIP": ChineseCLIPImageProcessor(size={"shortest_edge": 24}, crop_size=fixed),
+        "ALIGN": EfficientNetImageProcessor(
+            size=fixed,
+            resample=2,
+            rescale_factor=1 / 127.5,
+            rescale_offset=True,
+            do_normalize=False,
+            include_top=False,
+        ),
+        "EfficientNet": EfficientNetImageProcessor(size=fixed, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.5]),
+    }
+
+
+@pytest.mark.parametrize("name", list(families()))
+def test_other_families(name):
+    processor, image = families()[name], picture(6, (60, 72))
+    own = processor(images=image, return_tensors="pt")["pixel_values"][0].float()
+    assert own.shape == (3, 24, 20) and torch.equal(eval_transform(processor)(image), own)
+    # A crop of the whole image, or of the part that the processor keeps: the same pixels as the processor's own.
+    whole = image if name != "ChineseCLIP" else image.resize((24, 28), 3).crop((2, 2, 22, 26))
+    transform = train_transform(processor, flip=False, scale=(1, 1), ratio=(5 / 6, 5 / 6))
+    pixels = transform(whole, np.random.default_rng(0))
+    assert pixels.dtype == torch.float32 and torch.allclose(pixels, own, atol=1e-5)
+    flipped = train_transform(processor, scale=(1, 1), ratio=(5 / 6, 5 / 6))(whole, Draws(0.5, 0.5, 0.5, 0.5, 0.1))
+    assert torch.allclose(flipped, own.flip(-1), atol=1e-5)
+
+
+def test_naflex():
+    processor, image = Siglip2ImageProcessor(patch_size=8, max_num_patches=12), picture(7, (96, 40))
+    made = eval_transform(processor)(image)
+    expected = processor(images=image, return_tensors="pt")
+    assert set(made) == {"pixel_values", "pixel_attention_mask", "spatial_shapes"}
+    assert all(torch.equal(made[name], expected[name][0]) for name in made)
+    assert made["pixel_values"].shape == (12, 3 * 8 * 8) and made["spatial_shapes"].tolist() == [2, 5]
+    assert made["pixel_attention_mask"].sum() == 10
+    # A quarter of the area, ratio 1: √960 = 30.98 → 31; left = ⌊0.5·(96 - 31 + 1)⌋, top = ⌊0.45·(40 - 31 + 1)⌋.
+    crop = image.crop((33, 4, 64, 35))
+    draws = Draws((0.25 - 0.08) / 0.92, 0.5, 0.5, 0.45, 0.2)
+    got = train_transform(processor)(image, draws)
+    expected = processor(images=crop.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), return_tensors="pt")
+    assert all(torch.equal(got[name], expected[name][0]) for name in got) and not draws.numbers
+    assert got["spatial_shapes"].tolist() == [3, 3]
+
+
+def test_long_and_thin_images_are_refused_before_they_are_resized(processor):
+    thread = PIL.Image.new("1", (5_000, 1))  # 94 bytes in a file
+    for transform in (eval_transform(make_image_processor(224)), eval_transform(make_image_processor(224), True)):
+        with pytest.raises(ValueError, match="5000 x 1 pixels is too long and thin: .* 1,120,000 pixels long. Crop"):
+            transform(thread)
+    assert eval_transform(processor)(PIL.Image.new("RGB", (24 * 200, 24))).shape == (3, 24, 24)
+    check_image_size(thread, SiglipImageProcessor())  # a fixed size
+    check_image_size(thread, CLIPImageProcessor(do_resize=False))

@@ -10,6 +10,7 @@ The result is a text that works in any CLIP with the same tokenizer, pasted befo
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -70,7 +71,7 @@ class DiscretePrompt:
 
 
 def prompt_vocabulary(
-    tokenizer, class_names: list[str] | None = None, ascii_words: bool = True, min_length: int = 1
+    tokenizer: Any, class_names: list[str] | None = None, ascii_words: bool = True, min_length: int = 1
 ) -> list[int]:
     """Token ids that may stand in a discrete prompt: what a person can type and the tokenizer turns back into them.
 
@@ -107,7 +108,7 @@ def _make_template(words: list[str], position: str) -> str:
     return " ".join([*words[:first], "{}", *words[first:]]) + "."
 
 
-def _as_text(tokenizer, token_ids: list[int], layout, class_names: list[str]) -> tuple[str, str] | None:
+def _as_text(tokenizer: Any, token_ids: list[int], layout: Any, class_names: list[str]) -> tuple[str, str] | None:
     """(text, template) of the ids, or `None` where a full prompt would not be tokenised back into them."""
     words = [tokenizer.decode([i]).strip() for i in token_ids]
     template = _make_template(words, layout.class_token_position)
@@ -119,7 +120,7 @@ def _as_text(tokenizer, token_ids: list[int], layout, class_names: list[str]) ->
     return (" ".join(words), template) if [list(ids) for ids in encoded] == [list(token_ids), *expected] else None
 
 
-def _check_examples(model, image_embeds, labels, class_names):
+def _check_examples(model: Any, image_embeds: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> tuple:
     image_embeds = torch.as_tensor(image_embeds).detach()
     labels = torch.as_tensor(labels).long()
     dim = model.family.projection_dim
@@ -137,7 +138,15 @@ def _check_examples(model, image_embeds, labels, class_names):
 class _Search:
     """Losses of discrete prompts on one set of images. Makes a `CoOpModel` of its own on the given one's base."""
 
-    def __init__(self, model, class_names, position, num_tokens, image_embeds, labels):
+    def __init__(
+        self,
+        model: Any,
+        class_names: list[str],
+        position: str,
+        num_tokens: int,
+        image_embeds: torch.Tensor,
+        labels: torch.Tensor,
+    ):
         self.class_names = check_class_names(class_names or model.class_names or [])
         self.image_embeds, self.labels = _check_examples(model, image_embeds, labels, self.class_names)
         self.tokenizer, family = model.tokenizer, model.family
@@ -150,10 +159,10 @@ class _Search:
         with align_module_device(family.token_embedding):
             self.table = family.token_embedding.weight.detach().float()
 
-    def rows(self, token_ids) -> torch.Tensor:
+    def rows(self, token_ids: list[int]) -> torch.Tensor:
         return self.table[torch.as_tensor(token_ids, device=self.table.device)]
 
-    def gradient(self, token_ids: list[int], examples) -> tuple[float, torch.Tensor]:
+    def gradient(self, token_ids: list[int], examples: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The loss, and its gradient `(num_tokens, dim)` with respect to the context."""
         context = self.model.context
         context.data = self.rows(token_ids).to(context.device)
@@ -163,7 +172,9 @@ class _Search:
         return loss.item(), context.grad.detach()
 
     @torch.no_grad()
-    def losses(self, candidates: list[list[int]], examples, batch_size: int, objective: str = "loss") -> torch.Tensor:
+    def losses(
+        self, candidates: list[list[int]], examples: torch.Tensor, batch_size: int, objective: str = "loss"
+    ) -> torch.Tensor:
         """What is to be minimised, exactly, for each candidate prompt, `batch_size` of them in one text pass."""
         scale, labels, images = self.model.logit_scale, self.labels[examples], self.image_embeds[examples]
         losses = []
@@ -177,7 +188,7 @@ class _Search:
             losses.append(loss)
         return torch.cat(losses)
 
-    def _features(self, candidates) -> torch.Tensor:
+    def _features(self, candidates: list[list[int]]) -> torch.Tensor:
         """Class embeddings `(candidates, num_classes, projection_dim)`."""
         contexts, prompts = self.rows(candidates)[:, None], self.model.adapter.class_prompts
         return prompts.features(contexts, self.model.text_pass, _CLASSES_AT_A_TIME)
@@ -189,7 +200,7 @@ class _Search:
         output = self.model(image_embeds=self.image_embeds, labels=self.labels)
         return output.loss.item(), (output.logits.argmax(dim=-1) == self.labels).float().mean().item()
 
-    def result(self, token_ids: list[int], **more) -> DiscretePrompt:
+    def result(self, token_ids: list[int], **more: Any) -> DiscretePrompt:
         text = _as_text(self.tokenizer, token_ids, self.layout, self.class_names)
         if text is None:
             words = " ".join(self.tokenizer.decode([i]).strip() for i in token_ids)
@@ -201,7 +212,7 @@ class _Search:
         return DiscretePrompt(*text, list(token_ids), self.layout.class_token_position, loss, accuracy, **more)
 
 
-def _check_count(name: str, value) -> None:
+def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
 

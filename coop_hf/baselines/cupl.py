@@ -8,16 +8,18 @@ and is used as any other class embeddings, with `coop_hf.baselines.zero_shot_log
 published form, `{class name: [sentence, ...]}`.
 """
 
+import copy
 import difflib
 import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..atomic import write_atomically
 from ..checks import check_class_names, clean_class_name
@@ -92,7 +94,7 @@ CUPL_QUESTIONS = {
 # ---------------------------------------------------------------------- the file
 
 
-def _check_prompts(prompts, source: str) -> dict[str, list[str]]:
+def _check_prompts(prompts: Any, source: str) -> dict[str, list[str]]:
     if not isinstance(prompts, dict) or not prompts:
         raise ValueError(f"{source} must be a JSON object {{class name: [sentence, ...]}} with at least one class.")
     for name, sentences in prompts.items():
@@ -192,11 +194,11 @@ def write_prompts(path: str | os.PathLike, prompts: dict[str, list[str]]) -> Non
 
 
 def cupl_class_embeddings(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: Any,
     class_names: list[str],
     prompts: dict[str, list[str]],
-    templates=(),
+    templates: str | Sequence[str] = (),
     template_weight: float | None = None,
     too_long: str = "error",
     batch_size: int = 256,
@@ -248,7 +250,7 @@ def cupl_class_embeddings(
     return F.normalize(means, dim=-1)
 
 
-def _check_lengths(tokenizer, class_names, sentences, max_positions: int) -> None:
+def _check_lengths(tokenizer: Any, class_names: list[str], sentences: list[list[str]], max_positions: int) -> None:
     flat = [(name, text) for name, own in zip(class_names, sentences) for text in own]
     lengths = [len(ids) + 2 for ids in encode_words(tokenizer, [text for _, text in flat])]
     too_long = [(name, text, length) for (name, text), length in zip(flat, lengths) if length > max_positions]
@@ -274,17 +276,6 @@ def fill_question(question: str, class_name: str) -> str:
     return question.replace("{}", name)
 
 
-class _StopAtText(StoppingCriteria):
-    """A sequence is done once what it added contains the stop string."""
-
-    def __init__(self, tokenizer, stop: str, prompt_length: int):
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
-
-    def __call__(self, input_ids, scores, **kwargs):
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        return torch.tensor([self.stop in text.lstrip() for text in texts], device=input_ids.device)
-
-
 def _class_seed(seed: int, class_name: str) -> int:
     """A seed of each class's own: its sentences don't depend on the other classes, nor on where a run was resumed."""
     digest = hashlib.sha256(f"{seed}\n{clean_class_name(class_name)}".encode()).digest()
@@ -300,7 +291,7 @@ def _first_sentence(text: str, stop: str | None) -> str:
     return text + stop if text and stop else text
 
 
-def _encode_questions(tokenizer, texts: list[str], use_chat_template: bool) -> list[list[int]]:
+def _encode_questions(tokenizer: Any, texts: list[str], use_chat_template: bool) -> list[list[int]]:
     if not use_chat_template:
         return tokenizer(texts)["input_ids"]
     conversations = [[{"role": "user", "content": text}] for text in texts]
@@ -309,25 +300,23 @@ def _encode_questions(tokenizer, texts: list[str], use_chat_template: bool) -> l
 
 
 @torch.no_grad()
-def _answers(model, tokenizer, rows: list[list[int]], stop, options: dict) -> list[str]:
+def _answers(model: Any, tokenizer: Any, rows: list[list[int]], stop: str | None, options: dict) -> list[str]:
     """One sampled answer to each row of token ids."""
-    # Padded on the left by hand, so that the caller's tokenizer needs no padding token and stays as it is.
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    skip = 1 if model.config.is_encoder_decoder else width
-    if stop:
-        options = {**options, "stopping_criteria": StoppingCriteriaList([_StopAtText(tokenizer, stop, skip)])}
-    output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)
+    if tokenizer.pad_token is None:  # a copy: the caller's tokenizer stays as it is
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    skip = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    stopping = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
+    output = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **stopping, **options)
     return tokenizer.batch_decode(output[:, skip:], skip_special_tokens=True)
 
 
 def generate_prompts(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: Any,
     class_names: list[str],
-    questions,
+    questions: str | Sequence[str],
     num_sentences: int = 10,
     path: str | os.PathLike | None = None,
     temperature: float = 0.99,
@@ -406,10 +395,10 @@ def generate_prompts(
         for name in tqdm(todo, desc="CuPL", unit="class", disable=not progress):
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(_class_seed(seed, name))
+                rows = _encode_questions(tokenizer, [fill_question(q, name) for q in questions], use_chat_template)
                 done[name] = _write_class(
-                    model, tokenizer, name, questions, num_sentences, stop, batch_size, use_chat_template, max_rounds,
-                    options,
-                )  # fmt: skip
+                    model, tokenizer, name, rows, num_sentences, stop, batch_size, max_rounds, options
+                )
             if path is not None:
                 write_prompts(path, done)
     finally:
@@ -419,9 +408,9 @@ def generate_prompts(
 
 
 def _write_class(
-    model, tokenizer, name, questions, num_sentences, stop, batch_size, use_chat_template, max_rounds, options
-) -> list[str]:
-    rows = _encode_questions(tokenizer, [fill_question(q, name) for q in questions], use_chat_template)
+    model: Any, tokenizer: Any, name: str, rows: list[list[int]], num_sentences: int, stop: str | None,
+    batch_size: int, max_rounds: int, options: dict,
+) -> list[str]:  # fmt: skip
     slots: list[str] = [""] * (len(rows) * num_sentences)
     for _ in range(max_rounds):
         empty = [index for index, sentence in enumerate(slots) if not sentence]

@@ -9,7 +9,9 @@ powers of ten, then bisection of the decade on each side of it.
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ _ABSENT = -1e9  # bias of a class without training examples: finite, and never t
 _MAX_CONFIG_BYTES = 64 * 2**20
 
 
-def _logistic_regression():
+def _logistic_regression() -> type:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
@@ -43,7 +45,7 @@ def _logistic_regression():
     return LogisticRegression
 
 
-def _to_tensor(features, name: str) -> torch.Tensor:
+def _to_tensor(features: torch.Tensor | np.ndarray, name: str) -> torch.Tensor:
     features = torch.as_tensor(features).detach()
     if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
         raise ValueError(
@@ -56,7 +58,9 @@ def _to_tensor(features, name: str) -> torch.Tensor:
     return features.float()
 
 
-def _to_labels(labels, count: int, num_classes: int | None, name: str) -> np.ndarray:
+def _to_labels(
+    labels: torch.Tensor | np.ndarray | list[int], count: int, num_classes: int | None, name: str
+) -> np.ndarray:
     labels = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
@@ -91,7 +95,7 @@ class LinearProbe:
     val_accuracy: float | None = None
     search: list[dict] | None = None
 
-    def logits(self, image_embeds) -> torch.Tensor:
+    def logits(self, image_embeds: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Scores images.
 
         Args:
@@ -131,7 +135,7 @@ class LinearProbe:
                 file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs) -> "LinearProbe":
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> "LinearProbe":
         """Reads a probe from a local folder, the cache or the Hub.
 
         Args:
@@ -177,15 +181,15 @@ def _read_config(path: str) -> dict:
 
 
 def fit_linear_probe(
-    features,
-    labels,
-    val_features,
-    val_labels,
+    features: torch.Tensor | np.ndarray,
+    labels: torch.Tensor | np.ndarray | list[int],
+    val_features: torch.Tensor | np.ndarray,
+    val_labels: torch.Tensor | np.ndarray | list[int],
     class_names: list[str] | None = None,
     normalize: bool = True,
     num_steps: int = 8,
     max_iter: int = 1000,
-    coarse=COARSE_C,
+    coarse: Sequence[float] = COARSE_C,
 ) -> LinearProbe:
     """Fits a linear probe, and chooses its regularisation on validation.
 

@@ -44,7 +44,7 @@ class PetResult:
     history: list[dict] = field(default_factory=list)
 
 
-def teacher_logits(model: CoOpModel, prompts, image_embeds: torch.Tensor) -> torch.Tensor:
+def teacher_logits(model: CoOpModel, prompts: list, image_embeds: torch.Tensor) -> torch.Tensor:
     """Logits of images under several prompts.
 
     Args:
@@ -146,7 +146,7 @@ def _most_confident(targets: torch.Tensor, share: float) -> torch.Tensor:
 
 def fit_pet(
     model: CoOpModel,
-    prompts,
+    prompts: list,
     image_embeds: torch.Tensor,
     labels: torch.Tensor,
     unlabelled_embeds: torch.Tensor,
@@ -249,7 +249,10 @@ def fit_pet(
     return PetResult(weights, targets, history)
 
 
-def _teach(model, image_embeds, labels, unlabelled, targets, label_weight, num_steps, learning_rate, bar) -> float:
+def _teach(
+    model: CoOpModel, image_embeds: torch.Tensor, labels: torch.Tensor, unlabelled: torch.Tensor,
+    targets: torch.Tensor, label_weight: float, num_steps: int, learning_rate: float, bar: tqdm,
+) -> float:  # fmt: skip
     """One round of training; returns the loss of the last step."""
     both = torch.cat([unlabelled, image_embeds])
     optimizer = torch.optim.Adam([model.context], lr=learning_rate)

@@ -7,6 +7,7 @@ For class c with the texts t of its templates and the text tower g,
 as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4); one template makes it plain zero-shot CLIP.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def family_of(model: Any) -> Family:
     return model.family if hasattr(model, "family") else get_family(model)
 
 
-def get_tokenizer(model, tokenizer):
+def get_tokenizer(model: Any, tokenizer: Any) -> Any:
     """The tokenizer: as given, or that of a processor; `None` takes the `CoOpModel`'s own."""
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -102,7 +103,9 @@ def get_tokenizer(model, tokenizer):
 
 
 @torch.no_grad()
-def encode_texts(model, tokenizer, texts: list[str], batch_size: int = 256, truncate: bool = False) -> torch.Tensor:
+def encode_texts(
+    model: Any, tokenizer: Any, texts: list[str], batch_size: int = 256, truncate: bool = False
+) -> torch.Tensor:
     """Embeddings of finished texts.
 
     Args:
@@ -140,7 +143,7 @@ def encode_texts(model, tokenizer, texts: list[str], batch_size: int = 256, trun
 
 
 def mean_text_embeddings(
-    model, tokenizer, texts: list[list[str]], batch_size: int = 256, truncate: bool = False
+    model: Any, tokenizer: Any, texts: list[list[str]], batch_size: int = 256, truncate: bool = False
 ) -> torch.Tensor:
     """For each class the mean of the normalised embeddings of its texts, not normalised again.
 
@@ -169,7 +172,9 @@ def mean_text_embeddings(
     return sums / counts.to(sums.device)[:, None]
 
 
-def class_embeddings(model, tokenizer, class_names: list[str], templates, batch_size: int = 256) -> torch.Tensor:
+def class_embeddings(
+    model: Any, tokenizer: Any, class_names: list[str], templates: str | Sequence[str], batch_size: int = 256
+) -> torch.Tensor:
     """Class embeddings from hand-written templates, averaged as CLIP does.
 
     Args:
@@ -204,7 +209,7 @@ def class_embeddings(model, tokenizer, class_names: list[str], templates, batch_
 
 @torch.no_grad()
 def zero_shot_logits(
-    model,
+    model: Any,
     class_embeds: torch.Tensor,
     pixel_values: torch.Tensor | None = None,
     image_embeds: torch.Tensor | None = None,

@@ -9,6 +9,8 @@ import hashlib
 import logging
 import os
 import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..atomic import save_tensors, write_atomically
+from .few_shot import check_labels
+from .transforms import Pixels
 
 
 __all__ = ["EmbeddedImages", "FeatureCache", "default_cache_dir", "embed_images"]
@@ -101,9 +105,9 @@ class FeatureCache:
         else:
             self._where.update({identity: (path, row) for row, identity in enumerate(ids)})
 
-    def get(self, ids: list[bytes]) -> torch.Tensor:
-        """The embeddings of these identities, `(len(ids), dim)` fp32."""
-        result = torch.empty(len(ids), self.dim)
+    def get(self, ids: list[bytes]) -> tuple[torch.Tensor, list[int]]:
+        """The embeddings of these identities, `(len(ids), dim)` fp32, and the places of those whose file is gone."""
+        result, lost = torch.empty(len(ids), self.dim), []
         by_file: dict[str, list[tuple[int, int]]] = {}
         for place, identity in enumerate(ids):
             if identity in self._unwritten:
@@ -113,12 +117,16 @@ class FeatureCache:
             by_file.setdefault(path, []).append((place, row))
         for path, pairs in by_file.items():
             places, rows = map(list, zip(*pairs))
-            with safe_open(path, framework="pt") as file:
-                result[places] = file.get_tensor("features")[rows]
-        return result
+            try:
+                with safe_open(path, framework="pt") as file:
+                    result[places] = file.get_tensor("features")[rows]
+            except (SafetensorError, OSError, IndexError) as error:
+                logger.warning("The feature cache file %s went away (%s); it is computed again.", path, error)
+                lost += places
+        return result, lost
 
 
-def _tower_key(model, images) -> str:
+def _tower_key(model: Any, images: Any) -> str:
     """Identity of what turns an image into an embedding: image tower, projection, preprocessing and precision."""
     digest = hashlib.blake2b(digest_size=16)
     base = model.get_base_model()
@@ -126,9 +134,11 @@ def _tower_key(model, images) -> str:
         for name, tensor in sorted(module.state_dict().items()):
             tensor = tensor.detach().contiguous().cpu()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    precision = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    digest.update(f"{base.config.vision_config.to_json_string()} {precision} v1".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    device = model.device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    lora = sorted(getattr(base, "peft_config", {}).items())  # its scale stands in no weight
+    digest.update(f"{base.config.vision_config.to_json_string()} {lora} {precision} v2".encode())
     digest.update(images.preprocessing_key().encode())
     return digest.hexdigest()
 
@@ -136,27 +146,27 @@ def _tower_key(model, images) -> str:
 class _Views(Dataset):
     """The pixels of a list of (view, item) pairs; decoded in the workers of a DataLoader."""
 
-    def __init__(self, images, pairs):
+    def __init__(self, images: Any, pairs: list[tuple[int | None, int]]):
         self.images, self.pairs = images, pairs
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Pixels:
         view, item = self.pairs[index]
         return self.images.view(item, view)
 
 
 def embed_images(
-    model,
-    images,
+    model: Any,
+    images: Any,
     num_views: int | None = None,
     cache_dir: str | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     process_index: int = 0,
     num_processes: int = 1,
-    barrier=lambda: None,
+    barrier: Callable[[], object] = lambda: None,
     progress: bool = True,
 ) -> torch.Tensor:
     """Image embeddings of a data set, from the cache as far as they are there.
@@ -194,22 +204,37 @@ def embed_images(
         rest = [(identity, pair) for identity, pair in missing.items() if identity not in cache]
         _compute(model, images, rest, cache, batch_size, num_workers, progress)  # no shared file system
         barrier()
-    return cache.get(ids).view(len(views), len(images), dim)
+    result, lost = cache.get(ids)
+    if lost:  # something clears the folder: what is computed now is not written again
+        result[lost] = torch.cat([*_embed(model, images, [pairs[i] for i in lost], batch_size, num_workers, progress)])
+    return result.view(len(views), len(images), dim)
 
 
 @torch.no_grad()
-def _compute(model, images, todo, cache: FeatureCache, batch_size: int, num_workers: int, progress: bool) -> None:
-    loader = DataLoader(_Views(images, [pair for _, pair in todo]), batch_size=batch_size, num_workers=num_workers)
+def _embed(
+    model: Any, images: Any, pairs: list[tuple], batch_size: int, num_workers: int, progress: bool
+) -> Iterator[torch.Tensor]:
+    """The embeddings of (view, item) pairs, batch by batch."""
+    loader = DataLoader(_Views(images, pairs), batch_size=batch_size, num_workers=num_workers)
+    with tqdm(total=len(pairs), desc="Image embeddings", unit="img", disable=not progress or not pairs) as bar:
+        for batch in loader:
+            inputs = dict(batch) if isinstance(batch, dict) else {"pixel_values": batch}
+            features = model.get_image_features(inputs.pop("pixel_values"), **inputs).float().cpu()
+            bar.update(len(features))
+            yield features
+
+
+def _compute(
+    model: Any, images: Any, todo: list, cache: FeatureCache, batch_size: int, num_workers: int, progress: bool
+) -> None:
     ids, features = [identity for identity, _ in todo], []
     done = 0
-    with tqdm(total=len(ids), desc="Image embeddings", unit="img", disable=not progress or not ids) as bar:
-        for pixel_values in loader:
-            features.append(model.get_image_features(pixel_values).float().cpu())
-            count = sum(map(len, features))
-            if count >= _FILE_ROWS or done + count == len(ids):
-                cache.add(ids[done : done + count], torch.cat(features))
-                done, features = done + count, []
-            bar.update(len(pixel_values))
+    for batch in _embed(model, images, [pair for _, pair in todo], batch_size, num_workers, progress):
+        features.append(batch)
+        count = sum(map(len, features))
+        if count >= _FILE_ROWS or done + count == len(ids):
+            cache.add(ids[done : done + count], torch.cat(features))
+            done, features = done + count, []
 
 
 class EmbeddedImages(Dataset):
@@ -217,16 +242,25 @@ class EmbeddedImages(Dataset):
 
     Args:
         image_embeds (`torch.Tensor`): `(K, num_images, projection_dim)` or `(num_images, projection_dim)`.
-        labels (`Sequence[int]`): class indices, `(num_images,)`.
+        labels (`Sequence[int]`): class indices, `(num_images,)`; -100 where there is none, which no loss counts.
+
+    Raises:
+        ValueError: embeddings and labels that do not pair up, NaN, or a label that is no class index.
     """
 
-    def __init__(self, image_embeds: torch.Tensor, labels):
+    def __init__(self, image_embeds: torch.Tensor, labels: Sequence[int] | np.ndarray):
         self.image_embeds = image_embeds if image_embeds.dim() == 3 else image_embeds[None]
-        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+        given = np.asarray(labels)
+        if given.dtype.kind not in "iu" or given.ndim != 1:
+            raise ValueError(
+                f"labels must be class indices, whole numbers (num_images,), got {given.dtype} of shape {given.shape}."
+            )
+        self.labels = torch.as_tensor(given.astype(np.int64))
         if self.image_embeds.shape[1] != len(self.labels):
             raise ValueError(
                 f"got {self.image_embeds.shape[1]} image embeddings and {len(self.labels)} labels; they must pair up."
             )
+        check_labels(np.where(given == -100, 0, given), where="Image {row}")
         if not torch.isfinite(self.image_embeds).all():
             raise ValueError("the image embeddings hold NaN or infinite values: check the base model and its dtype.")
         self.epoch = 0
@@ -238,9 +272,9 @@ class EmbeddedImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: int | torch.Tensor) -> dict[str, torch.Tensor]:
         view = self.image_embeds[self.epoch % len(self.image_embeds)]
         return {"image_embeds": view[index], "labels": self.labels[index]}
 
-    def __getitems__(self, indices: list[int]) -> dict:
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self[torch.as_tensor(indices)]

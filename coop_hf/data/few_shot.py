@@ -1,22 +1,22 @@
 """Labels of a `datasets.Dataset`, and few-shot sampling."""
 
 import operator
+import random
 import re
-from collections import Counter
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
 
-from ..checks import clean_class_name, some
+from ..checks import check_class_names, clean_class_name, some
 
 
-__all__ = ["resolve_labels", "sample_few_shot"]
+__all__ = ["check_labels", "coop_few_shot_rows", "resolve_labels", "sample_few_shot"]
+
+DRAWS = ("nested", "coop")
 
 
-# Labels and few-shot sampling
-
-
-def _check_dataset(dataset):
+def _check_dataset(dataset: object) -> None:
     if isinstance(dataset, dict):
         raise TypeError(
             f"Expected one split of a data set, got a {type(dataset).__name__} with the splits "
@@ -29,7 +29,7 @@ def _check_dataset(dataset):
         )
 
 
-def _check_column(dataset, column, argument):
+def _check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
     _check_dataset(dataset)
     if column not in dataset.column_names:
         raise ValueError(
@@ -38,22 +38,7 @@ def _check_column(dataset, column, argument):
         )
 
 
-def _check_class_names(class_names):
-    if isinstance(class_names, str):
-        raise TypeError(f"`class_names` must be a list of names, got the single string {class_names!r}.")
-    class_names = list(class_names)
-    if not class_names:
-        raise ValueError("`class_names` is empty: pass one name for each class.")
-    for position, name in enumerate(class_names):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"Class name {position} is {name!r}: every class needs a name that is not empty.")
-    repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"Each class name may stand once in `class_names`; repeated: {some(repeated)}.")
-    return class_names
-
-
-def _read_labels(dataset, label_column):
+def _read_labels(dataset: datasets.Dataset, label_column: str) -> tuple[list, object]:
     """The label column as a list, and its feature. Reads no other column, so no image is decoded."""
     _check_column(dataset, label_column, "label_column")
     # No formatting: a transform that the user set on the data set may decode images or rename columns.
@@ -76,7 +61,36 @@ def _read_labels(dataset, label_column):
     return values, feature
 
 
-def resolve_labels(dataset, label_column="label", class_names=None):
+def check_labels(labels: np.ndarray, num_classes: int | None = None, where: str = "Item {row}") -> None:
+    """
+    Refuses labels that are no indices into the class list.
+
+    Args:
+        labels (`np.ndarray`):
+            Class indices, `(num_items,)`.
+        num_classes (`int`, *optional*):
+            Number of classes; without it only negative labels are found.
+        where (`str`, *optional*, defaults to `"Item {row}"`):
+            What the error calls the first such item.
+
+    Raises:
+        ValueError: if a label is negative or not below `num_classes`; names the first.
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= (np.inf if num_classes is None else num_classes)))
+    if len(outside):
+        row = int(outside[0])
+        top = "" if num_classes is None else f" to {num_classes - 1}"
+        given = "" if num_classes is None else f"there are {num_classes} classes, so "
+        raise ValueError(
+            f"{where.format(row=row)} has the label {labels[row]}, but {given}labels go from 0{top} "
+            f"({len(outside)} of {len(labels)} are outside). Correct the labels, leave these images out, or name all "
+            "classes as `class_names=`."
+        )
+
+
+def resolve_labels(
+    dataset: datasets.Dataset, label_column: str = "label", class_names: Sequence[str] | None = None
+) -> tuple[list[str], np.ndarray]:
     """
     Class names and class indices of a data set, whatever its label column holds.
 
@@ -100,11 +114,12 @@ def resolve_labels(dataset, label_column="label", class_names=None):
             or `class_names` is missing for integers, of the wrong length, or has repeated or empty names.
     """
     values, feature = _read_labels(dataset, label_column)
-    given = None if class_names is None else _check_class_names(class_names)
+    given = None if class_names is None else check_class_names(class_names)
     if isinstance(feature, datasets.ClassLabel):
-        names = given or _check_class_names(feature.names)
+        names = given or check_class_names(feature.names)
         index_of = {clean_class_name(name): index for index, name in enumerate(names)}
-        if given is not None and all(clean_class_name(name) in index_of for name in feature.names):
+        is_known = len(index_of) == len(names) and all(clean_class_name(name) in index_of for name in feature.names)
+        if given is not None and is_known:
             # The same names, or some of them, perhaps in another order, as in a test folder: by name.
             order = [index_of[clean_class_name(name)] for name in feature.names]
             values = [order[value] if 0 <= value < len(order) else value for value in values]
@@ -115,7 +130,7 @@ def resolve_labels(dataset, label_column="label", class_names=None):
                 "order."
             )
     elif "string" in str(feature.dtype):
-        names = given or _check_class_names(sorted(set(values)))
+        names = given or check_class_names(sorted(set(values)))
         index_of = {name: index for index, name in enumerate(names)}
         for row, value in enumerate(values):
             if value not in index_of:
@@ -132,18 +147,58 @@ def resolve_labels(dataset, label_column="label", class_names=None):
     else:
         names = given
     labels = np.asarray(values, dtype=np.int64).reshape(-1)
-    outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(
-            f"Row {row} has the label {labels[row]} in the column '{label_column}', but there are {len(names)} "
-            f"classes, so labels go from 0 to {len(names) - 1} ({len(outside)} rows are outside). "
-            "Correct the labels or pass all names as `class_names=`."
-        )
+    check_labels(labels, len(names), f"Row {{row}} of the column '{label_column}'")
     return names, labels
 
 
-def sample_few_shot(dataset, num_shots, label_column="label", seed=0, class_names=None, allow_fewer=False):
+def coop_few_shot_rows(num_shots: int, seed: int, *labels: Sequence[int]) -> list[list[int]]:
+    """
+    The few-shot draw of the public CoOp code, which it makes where it finds no index file.
+
+    It seeds Python's generator once, with `random.seed(seed)`. Then, part by part (training, validation) and class by
+    class in the order in which classes first occur, it takes `random.sample` of the rows of a class; all rows of one
+    that has fewer. Draws for different numbers of shots are not nested. The generator of the program is left as it is.
+
+    Args:
+        num_shots (`int`):
+            Rows per class of the first part; of the others at most 4.
+        seed (`int`):
+            Seed of the draw.
+        labels (`Sequence[int]`):
+            For each part the labels of its rows, in the order of the split file, `(num_rows,)`.
+
+    Returns:
+        `list[list[int]]`: for each part the row numbers, class by class.
+
+    Example:
+
+    ```python
+    >>> split = read_coop_split("split_zhou_Caltech101.json", "caltech-101/101_ObjectCategories")
+    >>> train, val = coop_few_shot_rows(16, 1, split["train"]["label"], split["validation"]["label"])
+    ```
+    """
+    generator = random.Random(seed)
+    drawn = []
+    for part, part_labels in enumerate(labels):
+        number = min(num_shots, 4) if part else num_shots
+        by_label: dict[int, list[int]] = {}
+        for row, label in enumerate(part_labels):
+            by_label.setdefault(label, []).append(row)
+        drawn.append(
+            [r for own in by_label.values() for r in (generator.sample(own, number) if len(own) >= number else own)]
+        )
+    return drawn
+
+
+def sample_few_shot(
+    dataset: datasets.Dataset,
+    num_shots: int,
+    label_column: str = "label",
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    allow_fewer: bool = False,
+    draw: str = "nested",
+) -> datasets.Dataset:
     """
     A few-shot training set: exactly `num_shots` rows of each class, drawn without replacement.
 
@@ -166,6 +221,9 @@ def sample_few_shot(dataset, num_shots, label_column="label", seed=0, class_name
             classes.
         allow_fewer (`bool`, *optional*, defaults to `False`):
             Take all rows of a class that has fewer than `num_shots`, or none, instead of raising.
+        draw (`str`, *optional*, defaults to `"nested"`):
+            `"nested"`, as above, or `"coop"`: the rows that the public CoOp code draws from the training part of a
+            split file, see [`coop_few_shot_rows`]. These are not nested.
 
     Returns:
         `datasets.Dataset`: the drawn rows, class by class, with all columns.
@@ -187,6 +245,8 @@ def sample_few_shot(dataset, num_shots, label_column="label", seed=0, class_name
         raise ValueError(f"`num_shots` must be at least 1, got {num_shots}. For no shots, use the model zero-shot.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {seed}.")
+    if draw not in DRAWS:
+        raise ValueError(f"`draw` must be {' or '.join(map(repr, DRAWS))}, got {draw!r}.")
 
     values, feature = _read_labels(dataset, label_column)
     if class_names is None and isinstance(feature, datasets.Value) and "int" in feature.dtype:
@@ -196,11 +256,6 @@ def sample_few_shot(dataset, num_shots, label_column="label", seed=0, class_name
     else:
         names, labels = resolve_labels(dataset, label_column, class_names)
 
-    # One random key for each row; a class gives its rows with the smallest keys, which makes the draw nested.
-    # RandomState and not Generator: numpy promises that its stream never changes.
-    keys = np.random.RandomState(seed).random_sample(len(labels))
-    order = np.argsort(keys, kind="stable")
-    by_class = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels, minlength=len(names))
     if not allow_fewer:
         empty = [name for name, count in zip(names, counts) if count == 0]
@@ -215,6 +270,13 @@ def sample_few_shot(dataset, num_shots, label_column="label", seed=0, class_name
                 f"{len(few)} of {len(names)} classes have fewer than {num_shots} images: {some(few)}. Ask for at "
                 f"most {counts.min()} shots, add images, or pass `allow_fewer=True` to take what there is."
             )
+    if draw == "coop":
+        return dataset.select(coop_few_shot_rows(num_shots, seed, labels.tolist())[0])
+    # One random key for each row; a class gives its rows with the smallest keys, which makes the draw nested.
+    # RandomState and not Generator: numpy promises that its stream never changes.
+    keys = np.random.RandomState(seed).random_sample(len(labels))
+    order = np.argsort(keys, kind="stable")
+    by_class = order[np.argsort(labels[order], kind="stable")]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     rows = np.concatenate([by_class[s : s + min(num_shots, n)] for s, n in zip(starts, counts)] or [by_class])
     return dataset.select(rows.tolist())

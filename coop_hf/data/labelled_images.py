@@ -8,23 +8,27 @@ import operator
 import os
 import re
 import uuid
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import torch
 
 from ..checks import some
 from .few_shot import _check_column, resolve_labels
-from .transforms import decode_image, eval_transform, train_pixels, train_transform
+from .sources import as_dataset
+from .transforms import Pixels, check_image_size, decode_image, eval_transform, train_pixels, train_transform
 
 
 __all__ = ["LabelledImages", "collate"]
 
 logger = logging.getLogger(__name__)
 
-
-# The data set of a training
+# What image towers take beside `pixel_values`: SigLIP 2's with images of any aspect ratio.
+IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -37,8 +41,8 @@ class LabelledImages(torch.utils.data.Dataset):
     workers that are already running.
 
     Args:
-        dataset (`datasets.Dataset`):
-            One split of a data set.
+        dataset (`datasets.Dataset` or `Iterable`):
+            One split of a data set, or any iterable that `coop_hf.data.sources.as_dataset` takes.
         image_processor (`BaseImageProcessor` or `ProcessorMixin`):
             The model's image processor, or a processor that holds it.
         image_column (`str`, *optional*, defaults to `"image"`):
@@ -58,6 +62,8 @@ class LabelledImages(torch.utils.data.Dataset):
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
             `"raise"` when an unreadable image is asked for, or `"skip"`: decode all images once now, leave the
             unreadable ones out, and say how many.
+        original (`bool`, *optional*, defaults to `False`):
+            Whether plain views are those of the public CoOp code, see `coop_hf.data.transforms.eval_transform`.
 
     Attributes:
         class_names (`list[str]`): names of the classes.
@@ -82,20 +88,22 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset,
-        image_processor,
-        image_column="image",
-        label_column="label",
-        class_names=None,
-        seed=0,
-        augment=False,
-        transform=None,
-        on_bad_image="raise",
-    ):
+        dataset: datasets.Dataset | Iterable,
+        image_processor: Any,
+        image_column: str = "image",
+        label_column: str = "label",
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+        augment: bool = False,
+        transform: Callable[[PIL.Image.Image, np.random.Generator], Pixels] | None = None,
+        on_bad_image: str = "raise",
+        original: bool = False,
+    ) -> None:
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"`on_bad_image` must be 'raise' or 'skip', got {on_bad_image!r}.")
         if not 0 <= operator.index(seed) < 2**32:
             raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {seed}.")
+        dataset = as_dataset(dataset, image_column, label_column)
         _check_column(dataset, image_column, "image_column")
         if len(dataset) == 0:
             raise ValueError("The data set has no rows: check the split and any filter or selection before this.")
@@ -103,12 +111,12 @@ class LabelledImages(torch.utils.data.Dataset):
         self.image_column = image_column
         self.seed = operator.index(seed)
         self.augment = augment
-        self._plain = eval_transform(image_processor)
+        self._plain = eval_transform(image_processor, original)
         self._augmented = train_transform(image_processor) if transform is None else transform
         if getattr(self._augmented, "func", None) is train_pixels:
             self._augmentation = f"train_transform {sorted(self._augmented.keywords.items())}"
         else:
-            self._augmentation = uuid.uuid4().hex  # nobody knows what it does, so what it gives is not kept for others
+            self._augmentation = uuid.uuid4().hex  # what an unknown function gives is not kept for other runs
 
         feature = dataset.features[image_column]
         dtype = getattr(feature, "dtype", None)
@@ -129,22 +137,23 @@ class LabelledImages(torch.utils.data.Dataset):
         # In shared memory, so that set_epoch reaches workers that are already running.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.rows = np.arange(len(dataset), dtype=np.int64)
-        self.skipped = []
+        self.skipped: list[int] = []
         if on_bad_image == "skip":
             self._drop_unreadable()
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         # A copy (deepcopy, pickle) has an epoch of its own; a worker process gets the shared one and keeps it.
         if not self._epoch.is_shared():
             self._epoch.share_memory_()
 
-    def _drop_unreadable(self):
-        def problem(row):
+    def _drop_unreadable(self) -> None:
+        def problem(row: int) -> str | None:
             try:
                 self._decode(row)
             except ValueError as error:
                 return str(error)
+            return None
 
         # PIL decodes without holding the interpreter lock.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -165,10 +174,12 @@ class LabelledImages(torch.utils.data.Dataset):
             first,
         )
 
-    def _decode(self, row):
+    def _decode(self, row: int) -> PIL.Image.Image:
         value = self._images[row][self.image_column]
         try:
-            return decode_image(value, self._mode)
+            image = decode_image(value, self._mode)
+            check_image_size(image, self._plain.keywords["image_processor"])
+            return image
         # PIL's decoders raise many types for broken files (OSError, SyntaxError, struct.error, ...).
         except Exception as error:
             path = value.get("path") if isinstance(value, dict) else value
@@ -178,15 +189,15 @@ class LabelledImages(torch.utils.data.Dataset):
                 f"{type(error).__name__}: {error}. Replace it or drop the row, or pass on_bad_image='skip'."
             ) from error
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def epoch(self):
+    def epoch(self) -> int:
         """`int`: the epoch whose augmented views the items are."""
         return int(self._epoch)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         """
         Set the epoch, which chooses the augmented views. `accelerate`'s data loaders call this in single-process runs.
 
@@ -198,7 +209,7 @@ class LabelledImages(torch.utils.data.Dataset):
             raise ValueError(f"`epoch` must be at least 0, got {epoch}.")
         self._epoch.fill_(int(epoch))
 
-    def view(self, index, epoch=None):
+    def view(self, index: int, epoch: int | None = None) -> Pixels:
         """
         The pixels of an item as it is in a given epoch of augmented training.
 
@@ -209,7 +220,8 @@ class LabelledImages(torch.utils.data.Dataset):
                 Epoch, from 0. `None` is the plain view, that of evaluation.
 
         Returns:
-            `torch.Tensor`: pixels, `(3, height, width)` float32.
+            `Pixels`: `(3, height, width)` float32, or a dict of tensors where the image processor gives more than
+            `pixel_values`.
 
         Raises:
             IndexError: if there is no such item.
@@ -225,17 +237,22 @@ class LabelledImages(torch.utils.data.Dataset):
             return self._plain(image)
         return self._augmented(image, np.random.default_rng([self.seed, operator.index(epoch), row]))
 
-    def preprocessing_key(self):
-        """`str`: names the plain transform, for a cache of what it gives."""
-        return f"{self._plain.keywords['image_processor'].to_json_string()} {self._mode}"
+    def preprocessing_key(self) -> str:
+        """`str`: names the plain transform, for a cache of what it gives.
 
-    def view_key(self, index, epoch=None):
+        The base classes tell apart image processors on PIL and on torchvision, which resize differently.
+        """
+        processor = self._plain.keywords["image_processor"]
+        kind = [kind.__name__ for kind in type(processor).__mro__]
+        return f"{processor.to_json_string()} {kind} {self._plain.func.__name__} {self._mode}"
+
+    def view_key(self, index: int, epoch: int | None = None) -> str:
         """`str`: names a view of an item; see [`~LabelledImages.view`]."""
         if epoch is None:
             return "plain"
         return f"{self._augmentation} {self.seed} {operator.index(epoch)} {int(self.rows[index])}"
 
-    def content_key(self, index):
+    def content_key(self, index: int) -> bytes:
         """`bytes`: hash of an item's encoded image; of a file on disk, hash of its path, size and time of change."""
         value = self._images[int(self.rows[index])][self.image_column]
         if isinstance(value, (str, os.PathLike)):
@@ -252,14 +269,13 @@ class LabelledImages(torch.utils.data.Dataset):
             content = f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
         return hashlib.blake2b(content, digest_size=16).digest()
 
-    def __getitem__(self, index):
-        return {
-            "pixel_values": self.view(index, self.epoch if self.augment else None),
-            "labels": int(self.labels[index]),
-        }
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        view = self.view(index, self.epoch if self.augment else None)
+        pixels = view if isinstance(view, dict) else {"pixel_values": view}
+        return {**pixels, "labels": int(self.labels[index])}
 
 
-def collate(examples):
+def collate(examples: list[dict] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     A batch from examples of [`LabelledImages`], or from examples that hold image embeddings instead of pixels.
 
@@ -267,11 +283,11 @@ def collate(examples):
         examples (`list[dict]` or `dict[str, torch.Tensor]`):
             A batch already, which is returned as it is, or examples, each with `pixel_values`
             `(3, height, width)` or `image_embeds` `(projection_dim,)`, and `labels` `()`, which may be left out in
-            prediction.
+            prediction. With `pixel_values` go `pixel_attention_mask` and `spatial_shapes`, if there are any.
 
     Returns:
         `dict[str, torch.Tensor]`: `image_embeds` `(batch, projection_dim)` if present, else `pixel_values`
-        `(batch, 3, height, width)`, both float32; `labels` `(batch,)` int64.
+        `(batch, 3, height, width)`, both float32, and the other inputs of the image tower; `labels` `(batch,)` int64.
 
     Raises:
         ValueError: if examples hold neither, or images of different sizes.
@@ -281,14 +297,17 @@ def collate(examples):
     key = "image_embeds" if "image_embeds" in examples[0] else "pixel_values"
     if key not in examples[0]:
         raise ValueError(f"Examples need 'pixel_values' or 'image_embeds', got {some(examples[0])}.")
-    tensors = [torch.as_tensor(example[key], dtype=torch.float32) for example in examples]
-    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"The '{key}' of a batch must have one shape, got {some(shapes)}: use an image processor that crops or "
-            "resizes to a fixed height and width."
-        )
-    batch = {key: torch.stack(tensors)}
+    batch = {}
+    for name in (key, *(other for other in IMAGE_INPUTS if key == "pixel_values" and other in examples[0])):
+        dtype = torch.float32 if name == key else None
+        tensors = [torch.as_tensor(example[name], dtype=dtype) for example in examples]
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The '{name}' of a batch must have one shape, got {some(shapes)}: use an image processor that crops "
+                "or resizes to a fixed height and width."
+            )
+        batch[name] = torch.stack(tensors)
     if "labels" in examples[0]:
         batch["labels"] = torch.tensor([int(example["labels"]) for example in examples], dtype=torch.int64)
     return batch

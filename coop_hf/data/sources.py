@@ -3,16 +3,19 @@ benchmark.
 """
 
 import json
+import operator
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 
 from ..checks import some
 
 
-__all__ = ["load_images", "read_coop_split", "read_few_shot_indices"]
+__all__ = ["as_dataset", "load_images", "read_coop_split", "read_few_shot_indices"]
 
 IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -35,11 +38,12 @@ SPLIT_NAMES = {
 # Files of the CoOp benchmark
 
 
-def _read_json(path, what):
+def _read_json(path: str | os.PathLike, what: str) -> Any:
     path = Path(path).expanduser()
     if path.suffix in (".pkl", ".pickle"):
         raise ValueError(
-            f"'{path}' is a pickle, which runs code when it is read, so it is not opened: pass {what} as a .json file."
+            f"'{path}' is a pickle, which runs code when it is read, so it is not opened: pass {what} as .json. "
+            "docs/datasets.md has a few lines that convert one which you trust."
         )
     if not path.is_file():
         raise FileNotFoundError(f"There is no {what} at '{path}'.")
@@ -49,7 +53,9 @@ def _read_json(path, what):
         raise ValueError(f"'{path}' is no {what}: it is not JSON ({error}).") from error
 
 
-def read_coop_split(path, image_root, part=None, check_files=True):
+def read_coop_split(
+    path: str | os.PathLike, image_root: str | os.PathLike, part: str | None = None, check_files: bool = True
+) -> datasets.DatasetDict | datasets.Dataset:
     """
     The train, validation and test sets of a `split_zhou_*.json` file of the CoOp benchmark.
 
@@ -139,7 +145,7 @@ def read_coop_split(path, image_root, part=None, check_files=True):
     return result if wanted is None else result[wanted]
 
 
-def read_few_shot_indices(path, dataset):
+def read_few_shot_indices(path: str | os.PathLike, dataset: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
     """
     The few-shot training and validation sets that a `shot_{K}-seed_{S}.json` file draws from a split file's sets.
 
@@ -213,15 +219,15 @@ def read_few_shot_indices(path, dataset):
 # Loading
 
 
-def _visible(folder, keep):
+def _visible(folder: Path, keep: Callable[[Path], bool]) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__")) and keep(p))
 
 
-def _is_image(path):
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
 
 
-def _split_folders(folder, subfolders):
+def _split_folders(folder: Path, subfolders: list[Path]) -> dict[str, Path]:
     """`{split: subfolder}` where all subfolders are named as splits, else one split, the folder itself."""
     if not subfolders or any(path.name.lower() not in SPLIT_NAMES for path in subfolders):
         return {"train": folder}
@@ -234,7 +240,34 @@ def _split_folders(folder, subfolders):
     return splits
 
 
-def _load_class_folders(folder):
+def _class_folders(root: Path, leaf_folders: bool) -> list[Path]:
+    if leaf_folders:
+        below = [path for path in sorted(root.rglob("*")) if path.is_dir() and _visible(path, _is_image)]
+        return [p for p in below if not any(part.startswith((".", "__")) for part in p.relative_to(root).parts)]
+    folders = _visible(root, Path.is_dir)
+    for class_folder in folders:
+        nested = [p for p in class_folder.rglob("*") if _is_image(p) and p.parent != class_folder]
+        if nested:
+            raise ValueError(
+                f"'{nested[0]}' lies deeper than its class folder '{class_folder}'. Expected <folder>/<class>/<image> "
+                "or <folder>/<train|validation|test>/<class>/<image>: name the folder above these, move the "
+                "images, or pass `leaf_folders=True` if each folder that holds images is a class."
+            )
+    return folders
+
+
+def _leaf_names(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """The last part of each path, and where several paths end in it as many of the parts before as tell them apart."""
+    names = {}
+    for path in paths:
+        size = 1
+        while size < len(path) and sum(other[-size:] == path[-size:] for other in paths) > 1:
+            size += 1
+        names[path] = " ".join(path[-size:])
+    return names
+
+
+def _load_class_folders(folder: Path, leaf_folders: bool = False) -> datasets.DatasetDict:
     """
     Images in class folders, labelled by folder.
 
@@ -250,18 +283,14 @@ def _load_class_folders(folder):
                 "each class into a folder with its name."
             )
     found, names = {}, set()
+    folders = {split: _class_folders(root, leaf_folders) for split, root in splits.items()}
+    name_of = _leaf_names({folder.relative_to(splits[key]).parts for key, own in folders.items() for folder in own})
     for split, root in splits.items():
         found[split] = []
-        for class_folder in _visible(root, Path.is_dir):
-            nested = [p for p in class_folder.rglob("*") if _is_image(p) and p.parent != class_folder]
-            if nested:
-                raise ValueError(
-                    f"'{nested[0]}' lies deeper than its class folder '{class_folder}'. Expected "
-                    "<folder>/<class>/<image> or <folder>/<train|validation|test>/<class>/<image>: pass the "
-                    "folder directly above the class folders, or move the images."
-                )
-            names.add(class_folder.name)
-            found[split] += [(str(p), class_folder.name) for p in _visible(class_folder, _is_image)]
+        for class_folder in folders[split]:
+            name = name_of[class_folder.relative_to(root).parts]
+            names.add(name)
+            found[split] += [(str(p), name) for p in _visible(class_folder, _is_image)]
     names = sorted(names)
     empty = sorted(set(names) - {name for rows in found.values() for _, name in rows})
     if empty or not names:
@@ -280,7 +309,7 @@ def _load_class_folders(folder):
     )
 
 
-def _parquet_splits(files, root):
+def _parquet_splits(files: list[Path], root: Path) -> dict[str, list[str]]:
     """`{split: [file]}`, by the first word of a file's name or by its folder's; all "train" where none is a split."""
     splits = {}
     for file in files:
@@ -295,7 +324,9 @@ def _parquet_splits(files, root):
     return {"train": splits[None]} if None in splits else splits
 
 
-def load_images(name_or_path, split=None, **kwargs):
+def load_images(
+    name_or_path: str | os.PathLike, split: str | None = None, leaf_folders: bool = False, **kwargs: Any
+) -> datasets.DatasetDict | datasets.Dataset:
     """
     Labelled images from what is on disk or, only if nothing is, from the Hub.
 
@@ -310,6 +341,9 @@ def load_images(name_or_path, split=None, **kwargs):
             - the id of a data set on the Hub.
         split (`str`, *optional*):
             Return only this split.
+        leaf_folders (`bool`, *optional*, defaults to `False`):
+            Class folders may lie at any depth: each folder that holds images is a class, named by its own name, and by
+            the folders above it too where several have that name ("church indoor", "church outdoor").
         kwargs (*optional*):
             Passed to `datasets.load_dataset` for a data set on the Hub (`name`, `revision`, `token`, ...).
 
@@ -352,7 +386,7 @@ def load_images(name_or_path, split=None, **kwargs):
             }
             loaded = datasets.load_dataset("imagefolder", data_dir=str(path), data_files=patterns)
         else:
-            loaded = _load_class_folders(path)
+            loaded = _load_class_folders(path, leaf_folders)
 
     if split is None:
         return loaded
@@ -361,3 +395,49 @@ def load_images(name_or_path, split=None, **kwargs):
     if split not in loaded:
         raise ValueError(f"'{path}' has no split '{split}'; it has {some(loaded)}.")
     return loaded[split]
+
+
+def as_dataset(data: Any, image_column: str = "image", label_column: str = "label") -> datasets.Dataset:
+    """
+    A `datasets.Dataset` of any labelled images: what is one already comes back as it is.
+
+    Args:
+        data (`Iterable`):
+            Dicts such as `{"image", "label"}`, or pairs of image and label, as torchvision's data sets give them; also
+            a streamed `datasets.IterableDataset`. It is read once, and images are kept encoded in memory.
+        image_column, label_column (`str`, *optional*, default to `"image"` and `"label"`):
+            Keys of dicts, and columns of the result.
+
+    Returns:
+        `datasets.Dataset`: images as `datasets.Image`; labels as they are, with names where `data` has them, in
+        `features` or in `classes`.
+
+    Raises:
+        TypeError: if it is no such thing; says what its first item is.
+        ValueError: if it is empty.
+    """
+    if isinstance(data, (datasets.Dataset, dict)):
+        return data  # several splits are refused where columns are looked up, which says which there are
+    images, labels = [], []
+    try:
+        has_length = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        for item in (data[index] for index in range(len(data))) if has_length else data:
+            pair = (item[image_column], item[label_column]) if isinstance(item, dict) else tuple(item)
+            if len(pair) != 2:
+                raise TypeError(f"an item of {len(pair)} parts")
+            images.append({"bytes": pair[0], "path": None} if isinstance(pair[0], bytes) else pair[0])
+            labels.append(pair[1] if isinstance(pair[1], str) else operator.index(pair[1]))
+    except (TypeError, KeyError) as error:
+        raise TypeError(
+            f"Expected a datasets.Dataset, or an iterable of {{'{image_column}', '{label_column}'}} or of pairs, "
+            f"image and label (a whole number or a name), got {type(data).__name__} ({type(error).__name__}: {error})."
+        ) from error
+    if not images:
+        raise ValueError("There are no images: the iterable is empty, or was read to its end before.")
+    names = getattr(data, "classes", None)
+    feature = (getattr(data, "features", None) or {}).get(label_column)
+    if feature is None:
+        kind = datasets.Value("string" if isinstance(labels[0], str) else "int64")
+        feature = datasets.ClassLabel(names=list(names)) if names and not isinstance(labels[0], str) else kind
+    features = datasets.Features({image_column: datasets.Image(), label_column: feature})
+    return datasets.Dataset.from_dict({image_column: images, label_column: labels}, features=features)

@@ -1,12 +1,15 @@
 """From images to pixels.
 
-What an image column holds -> [`decode_image`] -> PIL -> [`eval_transform`] or [`train_transform`] ->
-`(3, height, width)`.
+What an image column holds -> [`decode_image`] -> PIL -> [`eval_transform`] or [`train_transform`] -> `Pixels`:
+`(3, height, width)`, or what the model's image processor makes of an image, by name, where that is more than one
+tensor (NaFlex: `pixel_values`, `pixel_attention_mask`, `spatial_shapes`).
 """
 
 import functools
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,10 +17,15 @@ import PIL.Image
 import torch
 
 
-__all__ = ["decode_image", "eval_transform", "to_rgb", "train_transform"]
+__all__ = ["Pixels", "check_image_size", "decode_image", "eval_transform", "to_rgb", "train_transform"]
+
+Pixels = torch.Tensor | dict[str, torch.Tensor]
+
+# After resizing: a short side of 224 and a long one of 74,898. In fp32 such an image takes 200 MB.
+MAX_RESIZED_PIXELS = 2**24
 
 
-def decode_image(value, mode=None):
+def decode_image(value: Any, mode: str | None = None) -> PIL.Image.Image:
     """
     A PIL image from what an image column may hold.
 
@@ -60,7 +68,7 @@ def decode_image(value, mode=None):
     return value.convert(mode) if mode is not None and value.mode != mode else value
 
 
-def to_rgb(image):
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     An image of any mode in RGB, as `CLIPImageProcessor` converts it: transparent parts on white.
 
@@ -82,7 +90,7 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _image_processor(processor):
+def _image_processor(processor: Any) -> Any:
     processor = getattr(processor, "image_processor", processor)
     if not callable(processor) or not hasattr(processor, "image_mean"):
         raise TypeError(
@@ -92,14 +100,20 @@ def _image_processor(processor):
     return processor
 
 
-def _output_size(image_processor):
+def _edges(size: Any) -> dict[str, int | None]:
+    """The size of an image processor as a dict: it is one in older versions of transformers, an object in newer."""
+    keys = ("height", "width", "shortest_edge")
+    return {key: size.get(key) if isinstance(size, dict) else getattr(size, key, None) for key in keys}
+
+
+def _crops(image_processor: Any) -> bool:
+    return bool(getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None))
+
+
+def _output_size(image_processor: Any) -> tuple[int, int]:
     """(height, width) that an image processor gives."""
-    size = image_processor.size
-    if getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None):
-        size = image_processor.crop_size
-    if not isinstance(size, dict):  # SizeDict, a dataclass, in newer versions
-        size = {key: getattr(size, key, None) for key in ("height", "width", "shortest_edge")}
-    height, width = (size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
+    size = _edges(image_processor.crop_size if _crops(image_processor) else image_processor.size)
+    height, width = (size[key] or size["shortest_edge"] for key in ("height", "width"))
     if not height or not width:
         raise ValueError(
             f"The image processor gives images of no fixed size (size={image_processor.size}), but a batch needs "
@@ -108,26 +122,98 @@ def _output_size(image_processor):
     return int(height), int(width)
 
 
-def _eval_pixels(image, image_processor):
-    pixel_values = image_processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
-    return pixel_values[0].to(torch.float32)
-
-
-def eval_transform(image_processor):
+def check_image_size(image: PIL.Image.Image, image_processor: Any) -> None:
     """
-    The test transform: the model's own image processor.
+    Refuses an image so long and thin that resizing its short side to the model's would make it huge.
+
+    Raises:
+        ValueError: if it would have more than `MAX_RESIZED_PIXELS` pixels.
+    """
+    edge = _edges(getattr(image_processor, "size", None))["shortest_edge"]
+    if not edge or not getattr(image_processor, "do_resize", True):
+        return
+    short, long = sorted(image.size)
+    if edge * (edge * long // short) > MAX_RESIZED_PIXELS:
+        raise ValueError(
+            f"an image of {image.width} x {image.height} pixels is too long and thin: with its short side resized to "
+            f"{edge} it would be {edge * long // short:,} pixels long. Crop it."
+        )
+
+
+def _scaling(processor: Any) -> dict[str, Any]:
+    """What an image processor does to pixels from 0 to 255: (factor · pixel - mean) / std."""
+    mean, std = np.zeros(1), np.ones(1)
+    if getattr(processor, "do_normalize", True):
+        mean, std = np.asarray(processor.image_mean), np.asarray(processor.image_std)
+    if getattr(processor, "rescale_offset", False):  # these two: EfficientNet's, which ALIGN uses
+        mean = mean + 1
+    if getattr(processor, "include_top", False):
+        std = std * np.asarray(processor.image_std)
+    return {
+        "factor": processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0,
+        "mean": mean.astype(np.float32),
+        "std": std.astype(np.float32),
+    }
+
+
+def _scaled(pixels: np.ndarray, factor: float, mean: np.ndarray, std: np.ndarray) -> torch.Tensor:
+    pixels = (pixels.astype(np.float32) * np.float32(factor) - mean) / std
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _own_pixels(image: PIL.Image.Image, image_processor: Any) -> Pixels:
+    check_image_size(image, image_processor)
+    made = {name: value[0] for name, value in image_processor(images=to_rgb(image), return_tensors="pt").items()}
+    made["pixel_values"] = made["pixel_values"].to(torch.float32)
+    return made if len(made) > 1 else made["pixel_values"]
+
+
+def _original_pixels(
+    image: PIL.Image.Image, image_processor: Any, edge: int, size: tuple[int, int], **scaling: Any
+) -> torch.Tensor:
+    check_image_size(image, image_processor)
+    image = to_rgb(image)
+    width, height = image.size
+    if width <= height:
+        width, height = edge, int(edge * height / width)
+    else:
+        width, height = int(edge * width / height), edge
+    image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)  # a half to the even neighbour
+    return _scaled(np.asarray(image.crop((left, top, left + size[1], top + size[0]))), **scaling)
+
+
+def eval_transform(image_processor: Any, original: bool = False) -> Callable[[PIL.Image.Image], Pixels]:
+    """
+    The test transform: the model's own image processor, or the public CoOp code's.
+
+    The two differ by one pixel for images of some sizes (14 of 140 common ones): where the centre crop leaves an odd
+    rest, torchvision's `CenterCrop`, which the public code uses, rounds half of it, and the processor rounds it down.
 
     Args:
         image_processor (`BaseImageProcessor` or `ProcessorMixin`):
             The model's image processor, or a processor that holds it.
+        original (`bool`, *optional*, defaults to `False`):
+            Follow the public code: resize the short side (bicubic), then torchvision's centre crop. For results that
+            are to be compared with the paper's. A processor that does not resize the short side and crop, such as
+            SigLIP's, is used as it is: the public code has no such model.
 
     Returns:
-        `Callable[[PIL.Image.Image], torch.Tensor]`: gives `(3, height, width)` float32. It can be pickled.
+        `Callable[[PIL.Image.Image], Pixels]`: gives `(3, height, width)` float32, or a dict of tensors where the
+        image processor gives more than `pixel_values`. It can be pickled.
     """
-    return functools.partial(_eval_pixels, image_processor=_image_processor(image_processor))
+    processor = _image_processor(image_processor)
+    edge = _edges(getattr(processor, "size", None))["shortest_edge"]
+    if not original or not edge or not _crops(processor) or max(_output_size(processor)) > edge:
+        return functools.partial(_own_pixels, image_processor=processor)
+    return functools.partial(
+        _original_pixels, image_processor=processor, edge=edge, size=_output_size(processor), **_scaling(processor)
+    )
 
 
-def _crop_box(width, height, rng, scale, ratio):
+def _crop_box(
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a random crop, as published for torchvision's `RandomResizedCrop`."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -145,23 +231,38 @@ def _crop_box(width, height, rng, scale, ratio):
     return left, top, left + w, top + h
 
 
-def train_pixels(image, rng, size, flip, scale, ratio, factor, mean, std):
+def train_pixels(
+    image: PIL.Image.Image,
+    rng: np.random.Generator,
+    size: tuple[int, int] | None,
+    flip: bool,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    resample: int,
+    image_processor: Any = None,
+    **scaling: Any,
+) -> Pixels:
     image = to_rgb(image)
-    box = _crop_box(*image.size, rng, scale, ratio)
     # Cut first, resize then: resizing with `box=` would let pixels from outside the crop into its border.
-    image = image.crop(box).resize((size[1], size[0]), PIL.Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, dtype=np.float32)
+    image = image.crop(_crop_box(*image.size, rng, scale, ratio))
+    if size is not None:
+        image = image.resize((size[1], size[0]), resample)
     if flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    pixels = (pixels * np.float32(factor) - mean) / std
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    return _own_pixels(image, image_processor) if size is None else _scaled(np.asarray(image), **scaling)
 
 
-def train_transform(image_processor, flip=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+def train_transform(
+    image_processor: Any,
+    flip: bool = True,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Callable[[PIL.Image.Image, np.random.Generator], Pixels]:
     """
     The training transform of the [CoOp paper](https://arxiv.org/abs/2109.01134): a random crop of random size and
-    aspect ratio, resized (bicubic) to the model's size, flipped left to right in half of the cases, then rescaled and
-    normalised as the model's image processor does.
+    aspect ratio, resized to the model's size (as its image processor resizes, bicubic for CLIP), flipped left to right
+    in half of the cases, then rescaled and normalised as the image processor does. Where that takes images of any
+    aspect ratio (NaFlex), the flipped crop is given to it as it is.
 
     The crop is torchvision's `RandomResizedCrop`: its area is `scale` times the image's, its aspect ratio
     log-uniform in `ratio`; after ten draws that do not fit, the largest centre crop within `ratio`.
@@ -177,8 +278,8 @@ def train_transform(image_processor, flip=True, scale=(0.08, 1.0), ratio=(3 / 4,
             Smallest and largest width / height.
 
     Returns:
-        `Callable[[PIL.Image.Image, np.random.Generator], torch.Tensor]`: gives `(3, height, width)` float32. It can be
-        pickled.
+        `Callable[[PIL.Image.Image, np.random.Generator], Pixels]`: gives `(3, height, width)` float32, or a dict of
+        tensors, see [`eval_transform`]. It can be pickled.
 
     Raises:
         ValueError: if `scale` or `ratio` is not an increasing pair of positive numbers, or scale exceeds 1.
@@ -188,14 +289,13 @@ def train_transform(image_processor, flip=True, scale=(0.08, 1.0), ratio=(3 / 4,
     if not 0 < ratio[0] <= ratio[1]:
         raise ValueError(f"`ratio` must be two aspect ratios, 0 < low <= high, got {ratio}.")
     processor = _image_processor(image_processor)
-    normalise = getattr(processor, "do_normalize", True)
+    is_flexible = getattr(processor, "max_num_patches", None) is not None
     return functools.partial(
         train_pixels,
-        size=_output_size(processor),
+        size=None if is_flexible else _output_size(processor),
         flip=flip,
         scale=tuple(scale),
         ratio=tuple(ratio),
-        factor=processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0,
-        mean=np.asarray(processor.image_mean if normalise else 0.0, dtype=np.float32),
-        std=np.asarray(processor.image_std if normalise else 1.0, dtype=np.float32),
+        resample=int(getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC),
+        **({"image_processor": processor} if is_flexible else _scaling(processor)),
     )

@@ -20,7 +20,7 @@ EMOJI_SPLITS = ("train", "validation", "test")
 _FOLDER = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
 
-def _part(relative):
+def _part(relative: str | Path) -> Path:
     """The path of a file or folder of the embedded default.
 
     Raises:
@@ -36,7 +36,7 @@ def _part(relative):
     return path
 
 
-def load_emoji(style="fluent-flat"):
+def load_emoji(style: str = "fluent-flat") -> DatasetDict:
     """Load the emoji few-shot task: 20 classes of images that one artist drew.
 
     The splits are disjoint by emoji name, and the names of one split are the same in every style: an emoji of the test
@@ -74,7 +74,7 @@ def load_emoji(style="fluent-flat"):
     )
 
 
-def emoji_model_path():
+def emoji_model_path() -> str:
     """The folder of the small emoji CLIP, to be given to `from_pretrained`.
 
     Returns:
@@ -95,7 +95,7 @@ def emoji_model_path():
     return str(_part("emoji-clip"))
 
 
-def emoji_cupl_path():
+def emoji_cupl_path() -> str:
     """The file of CuPL sentences for the emoji classes, to be given to `coop_hf.baselines.read_prompts`.
 
     A language model wrote them once, eight for each class, asked what emoji of the class look like.

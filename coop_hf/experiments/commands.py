@@ -1,45 +1,217 @@
-"""What the commands under `examples/` have in common."""
+"""What the commands under `examples/` have in common: their arguments, and the one reading of a user's data."""
 
 import os
+import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import torch
 
 from ..baselines import HAND_TEMPLATES, IMAGENET_7_TEMPLATES, read_prompts
-from ..data.sources import load_images, read_coop_split
+from ..data.few_shot import DRAWS, _check_column, coop_few_shot_rows, resolve_labels, sample_few_shot
+from ..data.sources import SPLIT_NAMES, load_images, read_coop_split, read_few_shot_indices
 from ..demo.emoji import emoji_cupl_path, emoji_model_path, load_emoji
 from ..modeling import CoOpModel
 from .methods import EMOJI_TEMPLATES, METHODS, Method, Options, look_up
 from .protocols import choose_template
-from .tasks import Task, make_task
+from .tasks import Task, a_fifth, make_task, with_draws
 
 
-__all__ = ["ProtocolArguments", "load_splits", "prepare", "read_class_names"]
+__all__ = [
+    "DataArguments",
+    "ProtocolArguments",
+    "draw_train_and_test",
+    "load_splits",
+    "prepare",
+    "read_class_names",
+    "run_command",
+]
+
+_PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
-# ---------------------------------------------------------------------- commands
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command; a user's mistake ends it with one line on stderr and no traceback.
+
+    A mistake is an `OSError`, such as a file that is missing, or an error that coop_hf itself raises. Whatever else
+    goes wrong keeps its traceback.
+    """
+    try:
+        main()
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not isinstance(error, OSError) and not raised_in.startswith((_PACKAGE, sys.argv[0] or _PACKAGE)):
+            raise
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+
+
+# ---------------------------------------------------------------------- data
 
 
 @dataclass
-class ProtocolArguments:
-    """What the commands under `examples/` have in common."""
+class DataArguments:
+    """Which images, and which of them are learned from."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder of class folders (or of train/ and test/), saved data set, or parquet files, see "
+            "docs/datasets.md. Default: the embedded emoji images."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    leaf_folders: bool = field(
+        default=False, metadata={"help": "Class folders lie at any depth: each folder that holds images is a class."}
+    )
+    style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji to learn on."})
+    train_split: str = field(default="train", metadata={"help": "Split that the shots are drawn from."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to test on. Default: test or validation; without any, images that are held out."},
+    )
+    class_names: str | None = field(
+        default=None, metadata={"help": "Names of the classes in the order of the labels, separated by commas."}
+    )
+    class_names_file: str | None = field(
+        default=None, metadata={"help": "Text file with a class name in each line, in the order of the labels."}
+    )
+    coop_split: str | None = field(default=None, metadata={"help": "A split_zhou_*.json of the CoOp benchmark."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images of --coop_split."})
+    few_shot_indices: str | None = field(
+        default=None,
+        metadata={"help": "A few-shot file of the CoOp benchmark, or a folder of them, shot_{K}-seed_{S}.json."},
+    )
+    draw: str = field(
+        default="nested", metadata={"help": "'nested', or 'coop': the draw of CoOp's code without such files."}
+    )
+
+    @property
+    def is_emoji(self) -> bool:
+        """Whether the images are the embedded ones."""
+        return self.dataset is None and self.coop_split is None
+
+    @property
+    def data_name(self) -> str:
+        """A short name of the data set."""
+        if self.coop_split is not None:
+            return os.path.splitext(os.path.basename(self.coop_split))[0].removeprefix("split_zhou_")
+        return self.style if self.dataset is None else os.path.basename(os.path.normpath(self.dataset))
+
+    def read_class_names(self) -> list[str] | None:
+        """The class names given on the command line, or in a file."""
+        if self.class_names is not None and self.class_names_file is not None:
+            raise ValueError("--class_names and --class_names_file say the same thing: give one of them.")
+        if self.class_names is not None:
+            return [name.strip() for name in self.class_names.split(",")]
+        return None if self.class_names_file is None else read_class_names(self.class_names_file)
+
+
+def read_class_names(path: str | os.PathLike) -> list[str]:
+    """The class names in a text file, one in each line; empty lines don't count."""
+    with open(path, encoding="utf-8") as file:
+        return [line.strip() for line in file if line.strip()]
+
+
+def load_splits(args: DataArguments) -> dict[str, datasets.Dataset]:
+    """The splits of the data set that the arguments name: `"train"`, `"validation"`, `"test"`, as far as it has them.
+
+    What is published of some data sets (Food101, ImageNet) is a validation part alone, which is then the test part. A
+    data set without splits is `"train"`.
+
+    Raises:
+        ValueError: arguments that exclude each other, or a split that is not there; names those that are.
+    """
+    if args.draw not in DRAWS:
+        raise ValueError(f"--draw must be {' or '.join(DRAWS)}, got {args.draw!r}.")
+    if args.coop_split is not None:
+        if args.dataset is not None or args.image_root is None:
+            raise ValueError("--coop_split goes with --image_root, the folder of its images, and without --dataset.")
+        found = read_coop_split(args.coop_split, args.image_root)
+    elif args.dataset is None:
+        found = load_emoji(args.style)
+    else:
+        found = load_images(
+            args.dataset,
+            leaf_folders=args.leaf_folders,
+            **({"name": args.dataset_config} if args.dataset_config else {}),
+        )
+    if isinstance(found, datasets.Dataset):
+        found = {args.train_split: found}
+    splits: dict[str, datasets.Dataset] = {}
+    for name, split in found.items():
+        splits.setdefault(SPLIT_NAMES.get(name, name), split)
+    if args.train_split != "train" or args.eval_split is not None:
+        for name in filter(None, (args.train_split, args.eval_split)):
+            if name not in found and name not in splits:
+                raise ValueError(f"there is no split {name!r} in the data set; it has {', '.join(map(repr, found))}.")
+        chosen = {"train": found.get(args.train_split, splits.get(args.train_split))}
+        if args.eval_split is not None:
+            chosen["test"] = found.get(args.eval_split, splits.get(args.eval_split))
+        used = {SPLIT_NAMES.get(name, name) for name in (args.train_split, args.eval_split)}
+        splits = {name: split for name, split in splits.items() if name not in used} | chosen
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def _index_rows(path: str, splits: dict, num_shots: int, seed: int) -> tuple[list[int], list[int] | None]:
+    """Rows of the training and of the validation part that a few-shot file names."""
+    if os.path.isdir(path):
+        path = os.path.join(path, f"shot_{num_shots}-seed_{seed}.json")
+    numbered = {key: part.add_column("_row", list(range(len(part)))) for key, part in splits.items()}
+    drawn = {key: part["_row"][:] for key, part in read_few_shot_indices(path, numbered).items()}
+    return drawn["train"], drawn.get("validation")
+
+
+def draw_train_and_test(
+    args: DataArguments, num_shots: int, label_column: str = "label", seed: int = 0
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The images to learn from and those to test on.
+
+    Args:
+        args ([`DataArguments`]): which data set.
+        num_shots (`int`): images of each class that are learned from; 0: all.
+        label_column (`str`, *optional*, defaults to `"label"`): column of the labels.
+        seed (`int`, *optional*, defaults to 0): of the draw.
+
+    Returns:
+        `tuple(datasets.Dataset, datasets.Dataset)`: without a part to test on, what is not drawn is tested on.
+    """
+    splits, names = load_splits(args), args.read_class_names()
+    if "train" not in splits:
+        raise ValueError(f"there is no split 'train' in the data set; it has {', '.join(splits)}: pass --train_split.")
+    pool = splits["train"]
+    if args.few_shot_indices is not None:
+        rows = _index_rows(args.few_shot_indices, splits, num_shots, seed)[0]
+    elif num_shots == 0:
+        rows = list(range(len(pool)))
+    else:
+        _check_column(pool, label_column, "label_column")
+        numbered = pool.select_columns([label_column]).add_column("_row", list(range(len(pool))))
+        rows = sample_few_shot(numbered, num_shots, label_column, seed, names, draw=args.draw)["_row"][:]
+    if "test" in splits:
+        return pool.select(rows), splits["test"]
+    rest = sorted(set(range(len(pool))) - set(rows))
+    if not rest:
+        raise ValueError("With all images for training none is left to test on: pass --eval_split or --num_shots.")
+    return pool.select(rows), pool.select(rest)
+
+
+# ---------------------------------------------------------------------- protocols
+
+
+@dataclass
+class ProtocolArguments(DataArguments):
+    """What the commands that compare methods have in common."""
 
     base_model: str | None = field(
         default=None, metadata={"help": "Hub id or folder of a CLIP model. Default: the embedded emoji CLIP."}
     )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub id or folder, see docs/datasets.md. Default: the embedded emoji."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    coop_split: str | None = field(default=None, metadata={"help": "A split_zhou_*.json of the CoOp benchmark."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the images of --coop_split."})
-    class_names_file: str | None = field(
-        default=None, metadata={"help": "Text file with a class name in each line, in the order of the labels."}
-    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    style: str = field(default="fluent-flat", metadata={"help": "Style of the embedded emoji to learn on."})
     template: str | None = field(
         default=None,
         metadata={"help": "Hand-written prompt. Default: CoOp's for the data set; emoji: the best on validation."},
@@ -54,49 +226,38 @@ class ProtocolArguments:
     output_dir: str = field(default="results", metadata={"help": "Folder of the results."})
     overwrite: bool = field(default=False, metadata={"help": "Start afresh instead of going on."})
 
-    @property
-    def is_emoji(self) -> bool:
-        """Whether the images are the embedded ones."""
-        return self.dataset is None and self.coop_split is None
-
-
-def load_splits(args: ProtocolArguments) -> dict:
-    """The splits of the data set that the arguments name: "train", "validation", "test", as far as it has them."""
-    if args.coop_split is not None:
-        return read_coop_split(args.coop_split, args.image_root)
-    if args.dataset is None:
-        return load_emoji(args.style)
-    splits = load_images(args.dataset, **({"name": args.dataset_config} if args.dataset_config else {}))
-    if isinstance(splits, datasets.Dataset):
-        return {"test": splits}
-    splits = {("validation" if name in ("val", "valid") else name): split for name, split in splits.items()}
-    if "test" not in splits and "validation" in splits:  # Food101, ImageNet: what is published is the test part
-        splits["test"] = splits.pop("validation")
-    return splits
-
-
-def read_class_names(path) -> list[str]:
-    """The class names in a text file, one in each line; empty lines don't count."""
-    with open(path, encoding="utf-8") as file:
-        return [line.strip() for line in file if line.strip()]
-
 
 def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str, Method]]:
     """Loads and embeds what a command needs.
+
+    Without a part to test on a fifth of each class is held out for it (seed 0), the same in every run.
 
     Returns:
         the model, on a GPU if there is one; the data set; options; the methods.
     """
     methods = {name: look_up(METHODS, name, "method") for name in args.methods or METHODS}
+    splits, names = load_splits(args), args.read_class_names()
+    if "train" not in splits:
+        raise ValueError(f"{args.data_name} has {', '.join(splits)}; a protocol needs train: pass --train_split.")
+    if "test" not in splits:
+        held_out = a_fifth(resolve_labels(splits["train"], args.label_column, names)[1])
+        parts = {part: [i for i, out in enumerate(held_out) if out == (part == "test")] for part in ("train", "test")}
+        splits = {part: splits["train"].select(rows) for part, rows in parts.items()}
+        print(f"{args.data_name} has no part to test on: {len(parts['test'])} images, a fifth, are held out for it.")
     model = CoOpModel.from_pretrained(args.base_model or emoji_model_path())
     if torch.cuda.is_available():
         model.to("cuda")
-    names = None if args.class_names_file is None else read_class_names(args.class_names_file)
-    name = args.style if args.is_emoji else _short_name(args)
-    splits = load_splits(args)
-    if "train" not in splits or "test" not in splits:
-        raise ValueError(f"{name} has {', '.join(splits)}; a protocol needs train, and test or validation.")
-    task = make_task(model, splits, name, args.image_column, args.label_column, names)
+    task = make_task(model, splits, args.data_name, args.image_column, args.label_column, names)
+    pairs = [(shots, seed) for shots in args.shots for seed in args.seeds]
+    if args.few_shot_indices is not None:
+        if "validation" not in splits:
+            raise ValueError("--few_shot_indices needs a data set with a training and a validation part.")
+        if len(pairs) > 1 and not os.path.isdir(args.few_shot_indices):
+            raise ValueError("one few-shot file is one draw: pass the folder of them, or one of --shots and --seeds.")
+        task = with_draws(task, {pair: _index_rows(args.few_shot_indices, splits, *pair) for pair in pairs})
+    elif args.draw == "coop":
+        labels = [task.parts[part][1].tolist() for part in ("train", "validation")]
+        task = with_draws(task, {pair: tuple(coop_few_shot_rows(*pair, *labels)) for pair in pairs})
     if args.is_emoji:
         template, ensemble = args.template, EMOJI_TEMPLATES
         if template is None:
@@ -104,15 +265,9 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
             shown = ", ".join(f'"{text}" {100 * score:.1f}' for text, score in scores.items())
             print(f"Hand-written template, chosen on validation (zero-shot accuracy in %): {shown}")
     else:
-        template = args.template or HAND_TEMPLATES.get(name, "a photo of a {}.")
-        ensemble = dict.fromkeys((*IMAGENET_7_TEMPLATES, template))  # as in CoOp's comparison
+        template = args.template or HAND_TEMPLATES.get(args.data_name, "a photo of a {}.")
+        ensemble = tuple(dict.fromkeys((*IMAGENET_7_TEMPLATES, template)))  # as in CoOp's comparison
     cupl_file = emoji_cupl_path() if args.cupl_file is None and args.is_emoji else args.cupl_file
     cupl = None if cupl_file is None else read_prompts(cupl_file, task.class_names)
     print(f'Template: "{template}". Images: {", ".join(f"{k} {len(v[1])}" for k, v in task.parts.items())}.')
-    return model, task, Options(template, tuple(ensemble), cupl, args.recipe), methods
-
-
-def _short_name(args: ProtocolArguments) -> str:
-    if args.coop_split is not None:
-        return os.path.splitext(os.path.basename(args.coop_split))[0].removeprefix("split_zhou_")
-    return os.path.basename(os.path.normpath(args.dataset))
+    return model, task, Options(template, ensemble, cupl, args.recipe), methods

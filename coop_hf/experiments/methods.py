@@ -2,8 +2,9 @@
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from transformers import PrinterCallback, set_seed
@@ -22,6 +23,7 @@ from ..data.feature_cache import EmbeddedImages
 from ..modeling import CoOpModel
 from ..training.arguments import CoOpTrainingArguments
 from ..training.trainer import CoOpTrainer
+from .tasks import FewShot
 
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "ablation_methods",
     "coop_method",
 ]
+
+T = TypeVar("T")
 
 # Candidates for the embedded default; `choose_template` takes the best on validation.
 EMOJI_TEMPLATES = (
@@ -89,20 +93,20 @@ class Method:
     any_classes: bool = True
 
 
-def _from_texts(model, embed) -> Predictor:
+def _from_texts(model: CoOpModel, embed: Callable[[list[str]], torch.Tensor]) -> Predictor:
     """Scores with class embeddings that depend on the class names alone."""
     return lambda image_embeds, names: zero_shot_logits(model, embed(names), image_embeds=image_embeds)
 
 
-def _fit_template(model, shots, options):
+def _fit_template(model: CoOpModel, shots: FewShot | None, options: Options) -> Predictor:
     return _from_texts(model, lambda names: class_embeddings(model, None, names, options.template))
 
 
-def _fit_ensemble(model, shots, options):
+def _fit_ensemble(model: CoOpModel, shots: FewShot | None, options: Options) -> Predictor:
     return _from_texts(model, lambda names: class_embeddings(model, None, names, list(options.ensemble)))
 
 
-def _fit_cupl(model, shots, options):
+def _fit_cupl(model: CoOpModel, shots: FewShot | None, options: Options) -> Predictor:
     if options.cupl is None:
         raise ValueError("CuPL needs a file of sentences: pass `cupl=read_prompts(path)`, or --cupl_file.")
     return _from_texts(
@@ -110,12 +114,12 @@ def _fit_cupl(model, shots, options):
     )
 
 
-def _fit_probe(model, shots, options):
+def _fit_probe(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
     probe = fit_linear_probe(
         shots.image_embeds, shots.labels, shots.val_embeds, shots.val_labels, class_names=shots.class_names
     )
 
-    def predict(image_embeds, names):
+    def predict(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
         if list(names) != list(shots.class_names):
             raise ValueError("a linear probe scores the classes that it was fitted on, and no others.")
         return probe.logits(image_embeds)
@@ -123,7 +127,7 @@ def _fit_probe(model, shots, options):
     return predict
 
 
-def _fit_autoprompt(model, shots, options):
+def _fit_autoprompt(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
     """Starts from the words of the hand-written prompt; without any, or with rare ones, from four random words."""
     words = options.template.split("{}")[0].split()
     is_usual = words and all(len(ids) == 1 for ids in encode_words(model.tokenizer, words))
@@ -140,13 +144,13 @@ def _fit_autoprompt(model, shots, options):
     return _from_texts(model, lambda names: class_embeddings(model, None, names, prompt.template))
 
 
-def _make_student(model, shots, options, **config) -> CoOpModel:
+def _make_student(model: CoOpModel, shots: FewShot, options: Options, **config: Any) -> CoOpModel:
     set_seed(shots.seed)
     config = CoOpConfig(template=options.template, **config)
     return CoOpModel(model.get_base_model(), config, shots.class_names, model.processor)
 
 
-def _train_coop(model, shots, options, **config) -> CoOpModel:
+def _train_coop(model: CoOpModel, shots: FewShot, options: Options, **config: Any) -> CoOpModel:
     student = _make_student(model, shots, options, **config)
     train, columns = EmbeddedImages(shots.image_embeds, shots.labels), {}
     if options.recipe != "fast":  # augmented views need the images
@@ -170,7 +174,7 @@ def _train_coop(model, shots, options, **config) -> CoOpModel:
 
 def _predict_with(student: CoOpModel) -> Predictor:
     @torch.no_grad()
-    def predict(image_embeds, names):
+    def predict(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
         if list(names) != student.class_names:
             student.set_class_names(list(names))
         return student(image_embeds=image_embeds).logits
@@ -178,11 +182,11 @@ def _predict_with(student: CoOpModel) -> Predictor:
     return predict
 
 
-def _fit_coop(model, shots, options, **config):
+def _fit_coop(model: CoOpModel, shots: FewShot, options: Options, **config: Any) -> Predictor:
     return _predict_with(_train_coop(model, shots, options, **config))
 
 
-def coop_method(title: str, **config) -> Method:
+def coop_method(title: str, **config: Any) -> Method:
     """CoOp with a configuration.
 
     Args:
@@ -192,7 +196,7 @@ def coop_method(title: str, **config) -> Method:
     return Method(title, functools.partial(_fit_coop, **config), any_classes=not config.get("class_specific", False))
 
 
-def _fit_pet(model, shots, options):
+def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
     """Teachers: the prompt ensemble, CuPL if there is a file, and a context learned on the labelled images.
 
     The temperature was chosen on the validation part of the emoji.
@@ -235,7 +239,7 @@ ABLATIONS = {
 }
 
 
-def ablation_methods(template: str, names=None) -> dict[str, Method]:
+def ablation_methods(template: str, names: Sequence[str] | None = None) -> dict[str, Method]:
     """The methods of the ablations.
 
     Args:
@@ -257,7 +261,8 @@ def ablation_methods(template: str, names=None) -> dict[str, Method]:
     return methods
 
 
-def look_up(table: dict, name: str, what: str):
+def look_up(table: dict[str, T], name: str, what: str) -> T:
+    """An entry of a table, or an error that says what there is."""
     if name not in table:
         raise ValueError(f"there is no {what} {name!r}; choose from {', '.join(table)}.")
     return table[name]

@@ -6,7 +6,9 @@ Each function writes a PNG and, beside it, a CSV file with the same data.
 import csv
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 _DPI = 150
 
 
-def _new_figure(width: float, height: float):
+def _new_figure(width: float, height: float) -> tuple[Any, Any]:
     """A figure without pyplot: no global state, no window, any thread."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +43,7 @@ def _check_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def _write(figure, path: Path, header: list[str], rows) -> tuple[str, str]:
+def _write(figure: Any, path: Path, header: list[str], rows: list) -> tuple[str, str]:
     csv_path = path.with_suffix(".csv")
     figure.savefig(path)
     with open(csv_path, "w", newline="", encoding="utf-8") as file:
@@ -51,7 +53,7 @@ def _write(figure, path: Path, header: list[str], rows) -> tuple[str, str]:
     return str(path), str(csv_path)
 
 
-def _tidy(axes, grid: str = "both") -> None:
+def _tidy(axes: Any, grid: str = "both") -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis=grid, color="#DDDDDD", linewidth=0.8)
@@ -61,7 +63,7 @@ def _tidy(axes, grid: str = "both") -> None:
 def plot_few_shot_curves(
     results: dict,
     path: str | os.PathLike,
-    zero_shot=None,
+    zero_shot: dict[str, float] | float | None = None,
     title: str | None = None,
     spread: str = "band",
 ) -> tuple[str, str]:
@@ -130,7 +132,7 @@ def plot_few_shot_curves(
     return _write(figure, path, ["method", "shots", "mean", "std", "seeds"], rows)
 
 
-def _fraction(value, where: str) -> float:
+def _fraction(value: Any, where: str) -> float:
     value = float(value)
     if not 0 <= value <= 1:
         raise ValueError(f"accuracies are fractions from 0 to 1, got {value} ({where}): divide percentages by 100.")
@@ -179,8 +181,8 @@ def plot_gains(
 
 
 def plot_confusion_matrix(
-    predictions,
-    references,
+    predictions: Sequence[int],
+    references: Sequence[int],
     class_names: list[str],
     path: str | os.PathLike,
     normalize: bool = True,
@@ -245,7 +247,7 @@ def plot_confusion_matrix(
 
 
 def plot_predictions(
-    images,
+    images: Sequence[Any],
     before: list,
     after: list,
     labels: list[str],

@@ -5,12 +5,12 @@ An experiment is a list of cells, one for each method, number of shots and seed;
 whole after every cell, so that a second run computes only the cells that are missing.
 """
 
-import functools
 import hashlib
 import json
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import datasets
@@ -87,7 +87,14 @@ def _settings(protocol: str, model: CoOpModel, tasks: list[Task], options: Optio
     }
 
 
-def run_cells(path, settings: dict, cells: list[dict], compute, overwrite: bool = False, report=print) -> dict:
+def run_cells(
+    path: str | os.PathLike,
+    settings: dict,
+    cells: list[dict],
+    compute: Callable[[dict], dict],
+    overwrite: bool = False,
+    report: Callable[[str], None] = print,
+) -> dict:
     """Computes the cells that a results file does not hold yet.
 
     Args:
@@ -154,7 +161,7 @@ def _key(entry: dict) -> str:
     return json.dumps(entry.get("cell", entry), sort_keys=True)
 
 
-def _cells(methods: dict[str, Method], shots: list[int], seeds: list[int], **more) -> list[dict]:
+def _cells(methods: dict[str, Method], shots: Sequence[int], seeds: Sequence[int], **more: float) -> list[dict]:
     """One cell for each method, number of shots and seed; a method that does not learn has one, at 0 shots."""
     cells = []
     for name, method in methods.items():
@@ -163,13 +170,23 @@ def _cells(methods: dict[str, Method], shots: list[int], seeds: list[int], **mor
     return cells
 
 
-def _evaluate(model, task: Task, methods: dict[str, Method], options: Options, score, cell: dict) -> dict:
-    """Fits the method of a cell on a data set; `score(predict)` gives what it reaches."""
-    method = methods[cell["method"]]
-    if not method.learns:
-        return {"scores": score(method.fit(model, None, options))}
-    shots = draw_few_shot(task, cell["shots"], cell["seed"], cell.get("noise", 0.0), options.recipe != "fast")
-    return {"scores": score(method.fit(model, shots, options)), "rows": shots.rows}
+def _run(
+    protocol: str, model: CoOpModel, tasks: list[Task], path: str | os.PathLike, options: Options,
+    methods: dict[str, Method], cells: list[dict], score: Callable[[Predictor], dict[str, float]], overwrite: bool,
+    report: Callable, **more: dict,
+) -> dict:  # fmt: skip
+    """Fits the method of each cell on the first data set; `score(predict)` gives what it reaches."""
+
+    def compute(cell: dict) -> dict:
+        method = methods[cell["method"]]
+        if not method.learns:
+            return {"scores": score(method.fit(model, None, options))}
+        noise = cell.get("noise", 0.0)
+        shots = draw_few_shot(tasks[0], cell["shots"], cell["seed"], noise, options.recipe != "fast")
+        return {"scores": score(method.fit(model, shots, options)), "rows": shots.rows}
+
+    settings = {**_settings(protocol, model, tasks, options), **more}
+    return run_cells(path, settings, cells, compute, overwrite, report)
 
 
 def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -181,7 +198,7 @@ def _test(predict: Predictor, task: Task, part: str = "test") -> float:
     return _accuracy(predict(embeds, task.class_names), labels)
 
 
-def choose_template(model: CoOpModel, task: Task, templates) -> tuple[str, dict[str, float]]:
+def choose_template(model: CoOpModel, task: Task, templates: Sequence[str]) -> tuple[str, dict[str, float]]:
     """The template with the best zero-shot accuracy on validation; the first of equals.
 
     Returns:
@@ -200,13 +217,13 @@ def choose_template(model: CoOpModel, task: Task, templates) -> tuple[str, dict[
 def few_shot_curve(
     model: CoOpModel,
     task: Task,
-    path,
+    path: str | os.PathLike,
     options: Options,
     methods: dict[str, Method] = METHODS,
-    shots=(1, 2, 4, 8, 16),
-    seeds=(1, 2, 3),
+    shots: Sequence[int] = (1, 2, 4, 8, 16),
+    seeds: Sequence[int] = (1, 2, 3),
     overwrite: bool = False,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> dict:
     """Test accuracy over the number of shots (section 4.1 of https://arxiv.org/abs/2109.01134), also for ablations.
 
@@ -225,12 +242,11 @@ def few_shot_curve(
     """
     methods = _usable(methods, options)
 
-    def score(predict):
+    def score(predict: Predictor) -> dict[str, float]:
         return {"accuracy": _test(predict, task)}
 
-    compute = functools.partial(_evaluate, model, task, methods, options, score)
-    settings = _settings("few_shot_curve", model, [task], options)
-    return run_cells(path, settings, _cells(methods, shots, seeds), compute, overwrite, report)
+    cells = _cells(methods, shots, seeds)
+    return _run("few_shot_curve", model, [task], path, options, methods, cells, score, overwrite, report)
 
 
 def _usable(methods: dict[str, Method], options: Options, any_classes: bool = False) -> dict[str, Method]:
@@ -282,14 +298,14 @@ def domain_generalization(
     model: CoOpModel,
     source: Task,
     targets: list[Task],
-    path,
+    path: str | os.PathLike,
     options: Options,
     methods: dict[str, Method] = METHODS,
     shots: int = 16,
-    seeds=(1, 2, 3),
+    seeds: Sequence[int] = (1, 2, 3),
     class_maps: dict[str, dict[str, str]] | None = None,
     overwrite: bool = False,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> dict:
     """Learns on one data set and tests on others with the same kind of classes (section 4.2 of the paper).
 
@@ -308,31 +324,31 @@ def domain_generalization(
     """
     methods, class_maps = _usable(methods, options), class_maps or {}
 
-    def score(predict):
-        scores = {source.name: _test(predict, source)}
-        for target in targets:
-            embeds, labels = target.parts["test"]
-            logits = predict(embeds, source.class_names)
-            logits = map_classes(logits, source.class_names, target.class_names, class_maps.get(target.name))
-            scores[target.name] = _accuracy(logits, labels)
-        return scores
+    def logits(predict: Predictor, target: Task) -> torch.Tensor:
+        found = predict(target.parts["test"][0], source.class_names)
+        return map_classes(found, source.class_names, target.class_names, class_maps.get(target.name))
 
-    compute = functools.partial(_evaluate, model, source, methods, options, score)
-    settings = {**_settings("domain_generalization", model, [source, *targets], options), "class_maps": class_maps}
-    return run_cells(path, settings, _cells(methods, [shots], seeds), compute, overwrite, report)
+    tasks, cells = [source, *targets], _cells(methods, [shots], seeds)
+
+    def score(predict: Predictor) -> dict[str, float]:
+        mapped = {target.name: _accuracy(logits(predict, target), target.parts["test"][1]) for target in targets}
+        return {source.name: _test(predict, source), **mapped}
+
+    more = {"class_maps": class_maps}
+    return _run("domain_generalization", model, tasks, path, options, methods, cells, score, overwrite, report, **more)
 
 
 def cross_dataset_transfer(
     model: CoOpModel,
     source: Task,
     targets: list[Task],
-    path,
+    path: str | os.PathLike,
     options: Options,
     methods: dict[str, Method] = METHODS,
     shots: int = 16,
-    seeds=(1, 2, 3),
+    seeds: Sequence[int] = (1, 2, 3),
     overwrite: bool = False,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> dict:
     """Learns on one data set and tests on others with their own classes.
 
@@ -346,24 +362,24 @@ def cross_dataset_transfer(
     if any(class_key(name) not in described for task in targets for name in task.class_names):
         methods.pop("cupl", None)
 
-    def score(predict):
-        return {task.name: _test(predict, task) for task in (source, *targets)}
+    tasks, cells = [source, *targets], _cells(methods, [shots], seeds)
 
-    compute = functools.partial(_evaluate, model, source, methods, options, score)
-    settings = _settings("cross_dataset_transfer", model, [source, *targets], options)
-    return run_cells(path, settings, _cells(methods, [shots], seeds), compute, overwrite, report)
+    def score(predict: Predictor) -> dict[str, float]:
+        return {task.name: _test(predict, task) for task in tasks}
+
+    return _run("cross_dataset_transfer", model, tasks, path, options, methods, cells, score, overwrite, report)
 
 
 def base_to_new(
     model: CoOpModel,
     task: Task,
-    path,
+    path: str | os.PathLike,
     options: Options,
     methods: dict[str, Method] = METHODS,
     shots: int = 16,
-    seeds=(1, 2, 3),
+    seeds: Sequence[int] = (1, 2, 3),
     overwrite: bool = False,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> dict:
     """Learns on the first half of the classes and tests on both halves, each among its own classes alone.
 
@@ -384,27 +400,26 @@ def base_to_new(
     base = select_classes(task, list(range(half)), f"{task.name}, base classes")
     new = select_classes(task, list(range(half, number)), f"{task.name}, new classes")
 
-    def score(predict):
+    def score(predict: Predictor) -> dict[str, float]:
         first, second = _test(predict, base), _test(predict, new)
         mean = 2 * first * second / (first + second) if first + second else 0.0
         return {"base": first, "new": second, "H": mean}
 
-    compute = functools.partial(_evaluate, model, base, methods, options, score)
-    settings = _settings("base_to_new", model, [base, new], options)
-    return run_cells(path, settings, _cells(methods, [shots], seeds), compute, overwrite, report)
+    cells = _cells(methods, [shots], seeds)
+    return _run("base_to_new", model, [base, new], path, options, methods, cells, score, overwrite, report)
 
 
 def label_noise(
     model: CoOpModel,
     task: Task,
-    path,
+    path: str | os.PathLike,
     options: Options,
     methods: dict[str, Method] = METHODS,
-    noise=(0.0, 0.125, 0.25, 0.5),
+    noise: Sequence[float] = (0.0, 0.125, 0.25, 0.5),
     shots: int = 16,
-    seeds=(1, 2, 3),
+    seeds: Sequence[int] = (1, 2, 3),
     overwrite: bool = False,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> dict:
     """Test accuracy against the share of wrong labels among the few-shot images.
 
@@ -422,9 +437,7 @@ def label_noise(
     cells = _cells({name: m for name, m in methods.items() if not m.learns}, [shots], seeds)
     cells += [cell for share in noise for cell in _cells(learning, [shots], seeds, noise=share)]
 
-    def score(predict):
+    def score(predict: Predictor) -> dict[str, float]:
         return {"accuracy": _test(predict, task)}
 
-    compute = functools.partial(_evaluate, model, task, methods, options, score)
-    settings = _settings("label_noise", model, [task], options)
-    return run_cells(path, settings, cells, compute, overwrite, report)
+    return _run("label_noise", model, [task], path, options, methods, cells, score, overwrite, report)

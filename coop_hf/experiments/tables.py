@@ -56,7 +56,7 @@ def results_table(scores: dict[str, dict], columns: list, corner: str = "", head
     return "\n".join(lines)
 
 
-def show_table(table: str, path, heading: str, seeds: list[int]) -> None:
+def show_table(table: str, path: str | os.PathLike, heading: str, seeds: list[int]) -> None:
     """Prints a table under a line that says what it is, and writes it as Markdown.
 
     Args:
@@ -70,7 +70,7 @@ def show_table(table: str, path, heading: str, seeds: list[int]) -> None:
         file.write(table + "\n")
 
 
-def _mean_and_spread(values) -> str:
+def _mean_and_spread(values: list[float] | None) -> str:
     if not values:
         return ""
     mean = f"{100 * np.mean(values):.1f}"

@@ -13,7 +13,7 @@ from ..data.labelled_images import LabelledImages
 from ..modeling import CoOpModel
 
 
-__all__ = ["FewShot", "Task", "corrupt_labels", "draw_few_shot", "make_task", "select_classes"]
+__all__ = ["FewShot", "Task", "corrupt_labels", "draw_few_shot", "make_task", "select_classes", "with_draws"]
 
 
 # ---------------------------------------------------------------------- images
@@ -34,6 +34,8 @@ class Task:
         columns (`tuple[str, str]`, *optional*, defaults to `("image", "label")`): columns of images and labels.
         rows (`np.ndarray`, *optional*): `(num_train,)`, the row of each training image in the whole data set, where
             classes were selected.
+        draws (`dict[tuple[int, int], tuple[list[int], list[int] or None]]`, *optional*): by number of shots and seed,
+            the rows of `"train"` and of `"validation"` that a draw from elsewhere takes, see [`with_draws`].
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     images: datasets.Dataset | None = None
     columns: tuple[str, str] = ("image", "label")
     rows: np.ndarray | None = None
+    draws: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -104,7 +107,7 @@ def make_task(
             images = splits[part]
     rows = None
     if "train" in parts and "validation" not in parts:
-        held_out = _a_fifth(parts["train"][1].numpy())
+        held_out = a_fifth(parts["train"][1].numpy())
         kept = np.flatnonzero(~held_out)
         embeds, labels = parts["train"]
         parts["validation"] = (embeds[held_out], labels[held_out])
@@ -112,8 +115,8 @@ def make_task(
     return Task(name, names, parts, digest.hexdigest(), images, (image_column, label_column), rows)
 
 
-def _a_fifth(labels: np.ndarray) -> np.ndarray:
-    """A mask of a fifth of each class, at least one image of those that have two."""
+def a_fifth(labels: np.ndarray) -> np.ndarray:
+    """A mask `(len(labels),)` of a fifth of each class, at least one image of those that have two; seed 0."""
     mask, random = np.zeros(len(labels), dtype=bool), np.random.RandomState(0)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
@@ -138,13 +141,34 @@ def select_classes(task: Task, classes: list[int], name: str | None = None) -> T
         part: (embeds[number[labels] >= 0], number[labels][number[labels] >= 0])
         for part, (embeds, labels) in task.parts.items()
     }
-    images, rows = task.images, task.rows
+    images, rows, draws = task.images, task.rows, {}
     if "train" in task.parts:
-        kept = np.flatnonzero((number[task.parts["train"][1]] >= 0).numpy())
+        places = {part: np.flatnonzero((number[labels] >= 0).numpy()) for part, (_, labels) in task.parts.items()}
+        kept = places["train"]
         images = None if images is None else images.select(kept)
         rows = kept if rows is None else rows[kept]
+        new = {part: {old: place for place, old in enumerate(own.tolist())} for part, own in places.items()}
+        for key, drawn in task.draws.items():  # of all classes, as in the public code, and then those that are kept
+            draws[key] = tuple(
+                own and [new[part][row] for row in own if row in new[part]]
+                for part, own in zip(("train", "validation"), drawn, strict=True)
+            )
     names = [task.class_names[c] for c in classes]
-    return replace(task, name=name or task.name, class_names=names, parts=parts, images=images, rows=rows)
+    return replace(task, name=name or task.name, class_names=names, parts=parts, images=images, rows=rows, draws=draws)
+
+
+def with_draws(task: Task, draws: dict[tuple[int, int], tuple[list[int], list[int] | None]]) -> Task:
+    """A task with few-shot draws that come from elsewhere: from index files, or from the public code's way.
+
+    Args:
+        task (`Task`): the data set.
+        draws (`dict`): `{(shots, seed): (rows of "train", rows of "validation" or None)}`.
+
+    Returns:
+        [`Task`], with a fingerprint of its own.
+    """
+    digest = hashlib.blake2b(repr(sorted(draws.items())).encode(), digest_size=4).hexdigest()
+    return replace(task, draws=draws, fingerprint=f"{task.fingerprint}-{digest}")
 
 
 def corrupt_labels(labels: torch.Tensor, share: float, num_classes: int, seed: int) -> torch.Tensor:
@@ -182,7 +206,8 @@ def draw_few_shot(task: Task, shots: int, seed: int, noise: float = 0.0, with_im
     Args:
         task (`Task`): the data set.
         shots (`int`): images of a class.
-        seed (`int`): of the draw, and of the methods. Draws are nested, see `sample_few_shot`.
+        seed (`int`): of the draw, and of the methods. Draws are nested, see `sample_few_shot`, unless
+            the task has its own.
         noise (`float`, *optional*, defaults to 0.0): share of wrong labels, in training and in validation.
         with_images (`bool`, *optional*, defaults to `False`): also give the images, for augmented views.
 
@@ -192,8 +217,9 @@ def draw_few_shot(task: Task, shots: int, seed: int, noise: float = 0.0, with_im
     embeds, labels = task.parts["train"]
     val_embeds, val_labels = task.parts["validation"]
     number = len(task.class_names)
-    drawn = _draw(labels, number, shots, seed)
-    val = _draw(val_labels, number, min(shots, 4), seed, allow_fewer=True)
+    drawn, val = task.draws.get((shots, seed), (None, None))
+    drawn = _draw(labels, number, shots, seed) if drawn is None else drawn
+    val = _draw(val_labels, number, min(shots, 4), seed, allow_fewer=True) if val is None else val
     rest = np.setdiff1d(np.arange(len(labels)), drawn)
     own, images = corrupt_labels(labels[drawn], noise, number, seed), None
     if with_images:
