@@ -53,6 +53,7 @@ from transformers import (
     SiglipModel,
     SiglipProcessor,
     SiglipTokenizer,
+    T5Tokenizer,
     XLMRobertaTokenizer,
 )
 
@@ -83,12 +84,21 @@ def make_bert_tokenizer():
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
 
 
+def _unigram_pieces() -> list[tuple[str, float]]:
+    words = [(f"▁{word}", -3.0 - 0.01 * index) for index, word in enumerate(WORDS)]
+    return [*words, ("▁", -6.0), *((c, -8.0 - 0.01 * i) for i, c in enumerate([*LETTERS, *MARKS, *CHINESE]))]
+
+
 def make_xlm_roberta_tokenizer():
     """Unigram with XLM-R's ids of the special tokens: <s> 0, <pad> 1, </s> 2, <unk> 3, and <mask> at the end."""
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -3.0 - 0.01 * index) for index, word in enumerate(WORDS)]
-    pieces += [("▁", -6.0)] + [(c, -8.0 - 0.01 * i) for i, c in enumerate([*LETTERS, *MARKS, *CHINESE])]
-    return XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)])
+    return XLMRobertaTokenizer(vocab=[*pieces, *_unigram_pieces(), ("<mask>", 0.0)])
+
+
+def make_t5_tokenizer():
+    """Unigram with T5's ids: <pad> 0, </s> 1, <unk> 2, and nothing in front of a text. Some MetaCLIP 2 have it."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*pieces, *_unigram_pieces()], extra_ids=0)
 
 
 def make_siglip_tokenizer():
@@ -201,9 +211,9 @@ def _clip():
     return make_base(tokenizer, seed=20), CLIPProcessor(make_image_processor(16), tokenizer)
 
 
-def _metaclip2():
-    tokenizer = make_xlm_roberta_tokenizer()
-    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+def _metaclip2(tokenizer=None):
+    tokenizer = tokenizer or make_xlm_roberta_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0}
     config = MetaClip2Config(
         text_config=text_config(len(tokenizer), 40, layers=3, projection_dim=PROJECTION, **ids),
         vision_config=vision_config(image_size=16, projection_dim=PROJECTION),
@@ -294,6 +304,10 @@ def _align():
     return AlignModel(config), AlignProcessor(images, tokenizer)
 
 
+def _metaclip2_t5():
+    return _metaclip2(make_t5_tokenizer())
+
+
 _MAKERS = {
     "clip": _clip,
     "metaclip2": _metaclip2,
@@ -303,6 +317,7 @@ _MAKERS = {
     "chinese_clip": _chinese_clip,
     "altclip": _altclip,
     "align": _align,
+    "metaclip2_t5": _metaclip2_t5,  # not in FAMILIES: the same model with another tokenizer
 }
 
 

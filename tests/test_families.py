@@ -240,6 +240,22 @@ def test_the_tokenizers_padding_side_and_mask_are_followed(options):
         assert relative_error(model.get_text_features(), family_texts(base, processor, sentences())) < 1e-5
 
 
+def test_a_causal_tower_without_a_token_in_front():
+    """T5's tokenizer, which some MetaCLIP 2 have, puts nothing before a text: the first vector stands at place 0."""
+    base, processor = make_family("metaclip2_t5")
+    assert len(processor.tokenizer("")["input_ids"]) == 1
+    for position in POSITIONS:
+        for class_specific in (False, True):
+            model = make_coop("metaclip2_t5", class_token_position=position, class_specific=class_specific)
+            context = set_context(model).requires_grad_()
+            expected = reference_features(base, processor, NAMES, context, position)
+            features = model.get_text_features()
+            assert relative_error(features, expected) < 1e-5
+            assert relative_error(gradient(features, model.context), gradient(expected, context)) < 1e-4
+    with model.disable_adapter():
+        assert relative_error(model.get_text_features(), family_texts(base, processor, sentences())) < 1e-5
+
+
 @every_family
 def test_the_template_is_the_familys_own_zero_shot(family):
     base, processor = make_family(family)
