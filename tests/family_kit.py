@@ -21,7 +21,7 @@ import random
 import tempfile
 from pathlib import Path
 
-import sentencepiece
+import pytest
 import torch
 from conftest import make_base, make_image_processor
 from conftest import make_tokenizer as make_clip_tokenizer
@@ -106,6 +106,8 @@ def make_siglip_tokenizer():
 
     Lower case, without punctuation, as SigLIP prepares its texts; like the published tokenizers it gives no mask.
     """
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    pytest.importorskip("google.protobuf", reason="protobuf is not installed")
     choose = random.Random(0)
     sentences = [" ".join(choose.choices(WORDS, k=6)) for _ in range(400)] + [" ".join(LETTERS.lower())] * 5
     model = io.BytesIO()
