@@ -179,6 +179,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 parameter.copy_(0.1 * noise(parameter))
         for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # as training leaves it, and as ChineseCLIP is loaded
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.copy_(0.1 * noise(module.running_mean))
                 module.running_var.copy_(1 + 0.2 * noise(module.running_var).abs())

@@ -447,6 +447,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, with the endpoint of its time
         sleep = time.sleep
         monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
         yield server
@@ -455,14 +456,15 @@ def hub(monkeypatch):
 @every_family
 def test_push_and_pull(folders, hub, family, tmp_path):
     token = hub.add_user("ada")
-    hub.add_folder("ada/tiny", folders(family))
+    name = f"ada/family-{family}"  # one for each: transformers remembers the commit of a name
+    hub.add_folder(name, folders(family))
     options = {"cache_dir": tmp_path / "cache", "token": token}
-    model = CoOpModel.from_pretrained("ada/tiny", CoOpConfig(n_ctx=2), class_names=NAMES, **options)
+    model = CoOpModel.from_pretrained(name, CoOpConfig(n_ctx=2), class_names=NAMES, **options)
     context = set_context(model)
     model.push_to_hub("ada/prompts", token=token)
     assert "adapter_model.safetensors" in hub.files("ada/prompts")
     pulled = CoOpModel.from_pretrained("ada/prompts", **options)
-    assert torch.equal(pulled.context, context) and pulled.config.base_model_name_or_path == "ada/tiny"
+    assert torch.equal(pulled.context, context) and pulled.config.base_model_name_or_path == name
     inputs = image_inputs(make_family(family)[1], photos())
     with torch.no_grad():
         assert torch.equal(pulled(**inputs).logits, model(**inputs).logits)
@@ -609,7 +611,8 @@ def test_a_bf16_base(family):
     output = model(**images, labels=labels)
     output.loss.backward()
     assert output.logits.dtype == torch.float32 and output.logits.isfinite().all()
-    assert model.context.dtype == model.context.grad.dtype == torch.float32 and model.context.grad.abs().min() > 0
+    assert model.context.dtype == model.context.grad.dtype == torch.float32
+    assert model.context.grad.any(dim=-1).all()
     # Against fp32 scores of the same rounded weights.
     exact, _ = fresh_family(family)
     exact.load_state_dict({k: v.float() for k, v in base.state_dict().items()})
