@@ -175,7 +175,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             elif isinstance(owner[id(parameter)], nn.Embedding) or name.endswith("class_embedding"):
                 parameter.copy_(0.3 * noise(parameter))
             elif parameter.dim() >= 2:
-                parameter.copy_(noise(parameter) / math.sqrt(max(parameter[0].numel(), 2)))
+                gain = 1.6 if parameter.dim() == 4 else 1.0  # convolutions would make all images alike
+                parameter.copy_(gain * noise(parameter) / math.sqrt(max(parameter[0].numel(), 2)))
             else:
                 parameter.copy_(0.1 * noise(parameter))
         for module in model.modules():

@@ -132,9 +132,8 @@ def test_the_kit_is_read_back_by_transformers(folders, family):
     base, processor = make_family(family)
     loaded, info = AutoModel.from_pretrained(folders(family), output_loading_info=True)
     assert type(loaded) is type(base) and not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(
-        family_logits(loaded, processor, photos(), sentences()), family_logits(base, processor, photos(), sentences())
-    )
+    expected = family_logits(base, processor, photos(), sentences())
+    assert (family_logits(loaded, processor, photos(), sentences()) - expected).abs().max() < 1e-5
 
 
 @every_family
