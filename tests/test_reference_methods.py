@@ -3,6 +3,7 @@
 import pytest
 import reference_methods as ref
 import torch
+import transformers
 from reference import reference_features, relative_error, zero_shot_features
 from torch.nn import functional as F
 
@@ -109,6 +110,58 @@ def test_deep_prompts_equal_to_what_stands_there_change_nothing(deep_base, token
     vision_prompts[2] = vision_prompts[2] + draw(2, 48, seed=8)
     assert not close(ref.text_pass(deep_base, rows, text_prompts), shallow, 1e-3)
     assert not close(ref.vision_pass(deep_base, pixels[:1], vision_prompts), vision, 1e-3)
+
+
+def test_places_of_the_context(deep_base, tokenizer):
+    """The middle position: two vectors in front of the name, two in front of the full stop."""
+    context = draw(4, 32)
+    texts = [f"x x {name.replace('_', ' ')} x x ." for name in NAMES]
+    rows = ref.padded_rows(deep_base, tokenizer, texts)
+    ends = (rows == tokenizer.eos_token_id).int().argmax(-1)
+    places = torch.stack([torch.tensor([1, 2, end - 3, end - 2]) for end in ends.tolist()])
+    expected = reference_features(deep_base, tokenizer, NAMES, context, "middle")
+    assert torch.equal(ref.text_pass(deep_base, rows, {0: context}, places), expected)
+    deep = ref.text_pass(deep_base, rows, {0: context, 1: draw(3, 4, 32, seed=1)}, places)
+    assert not close(deep, expected, 1e-2)
+
+
+def other_family(name):
+    towers = [{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}] * 2
+    text = {**towers[0], "vocab_size": 50, "max_position_embeddings": 12, "bos_token_id": 48, "eos_token_id": 49}
+    vision = {**towers[1], "image_size": 16, "patch_size": 8}
+    if name == "siglip":
+        text["projection_size"] = 32
+        config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    else:
+        config = transformers.MetaClip2Config(text_config=text, vision_config=vision, projection_dim=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = {"siglip": transformers.SiglipModel, "metaclip_2": transformers.MetaClip2Model}[name](config).eval()
+    for number, parameter in enumerate(model.requires_grad_(False).parameters()):
+        if parameter.dim() >= 2:
+            parameter.copy_(draw(*parameter.shape, seed=number))
+    return model
+
+
+@pytest.mark.parametrize("name", ["siglip", "metaclip_2"])
+def test_the_passes_of_other_families(name, pixels):
+    base = other_family(name)
+    rows = torch.tensor([[48, 1, 1, 7, 49] + [49] * 7, [48, 1, 1, 8, 9, 10, 49] + [49] * 5])
+    expected = base.get_text_features(input_ids=rows).pooler_output
+    assert torch.equal(ref.text_pass(base, rows), expected)
+    block = base.text_model.encoder.layers[1]
+    standing = hidden_at(block, lambda: ref.text_pass(base, rows))[:, 1:3]
+    same = {0: base.text_model.embeddings.token_embedding(rows[:, 1:3]), 1: standing}
+    assert close(ref.text_pass(base, rows, same), expected)
+    assert not close(ref.text_pass(base, rows, {**same, 1: draw(2, 32)}), expected, 1e-2)
+    first = draw(2, 32)
+    shallow = ref.vision_pass(base, pixels[:1], {0: first})
+    assert not close(shallow, ref.vision_pass(base, pixels[:1]), 1e-2)
+    block = base.vision_model.encoder.layers[1]
+    standing = hidden_at(block, lambda: ref.vision_pass(base, pixels[:1], {0: first}))[0, -2:]
+    assert close(ref.vision_pass(base, pixels[:1], {0: first, 1: standing}), shallow)
+    own = base(input_ids=rows, pixel_values=pixels).logits_per_image
+    assert torch.allclose(ref.cosine_logits(base, expected, ref.vision_pass(base, pixels)), own, atol=1e-5)
 
 
 def test_hooks_are_gone_after_an_error(deep_base, pixels):
@@ -232,6 +285,8 @@ def test_tpt(deep_base, tokenizer):
     assert torch.allclose(out["context"], learned.detach(), atol=1e-6)
     after, _ = ref.coop_features(deep_base, tokenizer, NAMES, views[:1], learned.detach())
     assert close(out["logits"], ref.cosine_logits(deep_base, after, image[:1])[0], 1e-5)
+    again = ref.tpt(deep_base, tokenizer, NAMES, views.roll(-out["kept"][0], 0), context)
+    assert again["kept"][0] == 0 and close(again["context"], out["context"], 1e-5), "the image itself counts as well"
     still = ref.tpt(deep_base, tokenizer, NAMES, views, context, lr=0.0)
     assert torch.equal(still["context"], context)
     small = ref.tpt(deep_base, tokenizer, NAMES, views, context, lr=1e-4, weight_decay=0.0)
