@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 import test_trainer as t
 from conftest import make_base, make_tokenizer
 from coop_hf.files.adapter_files import read_adapter
-from coop_hf.training.trainer import CoOpTrainer, _last_checkpoint
+from coop_hf.training.checkpoints import last_checkpoint
+from coop_hf.training.trainer import CoOpTrainer
 
 tokenizer = make_tokenizer()
 base = make_base(tokenizer)
@@ -36,7 +37,7 @@ def train(folder, slow):
     trainer = CoOpTrainer(
         model=t.make_model(base, tokenizer), args=t.arguments(folder, **given), train_dataset=t.embedded(17, views=3)
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder) is not None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) is not None)
     trainer.save_model(folder + "/final")
 
 

@@ -505,9 +505,9 @@ size = {{"height": 16, "width": 16}}
 image_processor = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size=size)
 processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
 model = t.make_model(make_base(tokenizer), processor, class_specific={class_specific})
-data = t.images({count})
+data = t.pictures({count})
 args = t.arguments({folder!r}, **{given!r})
-trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.images(11, seed=1))
+trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.pictures(11, seed=1))
 with model.disable_adapter():
     trainer.evaluate()  # before the training, too
 trainer.train()
@@ -567,8 +567,8 @@ def test_bad_data(base, processor, tmp_path):
         model = model or make_model(base, processor)
         return CoOpTrainer(model=model, args=arguments(tmp_path, **given), train_dataset=dataset)
 
-    with pytest.raises(ValueError, match="'image'.*image"):
-        make(pictures(), image_column="image")
+    with pytest.raises(ValueError, match="'photo'.*image"):
+        make(pictures(), image_column="photo")
     with pytest.raises(ValueError, match="'kind'.*label"):
         make(pictures(), label_column="kind")
     with pytest.raises(ValueError, match="1 of 3 classes have no image.*'sea'"):
