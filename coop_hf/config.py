@@ -126,6 +126,10 @@ class CoOpConfig:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
+    def to_json_string(self) -> str:
+        """The configuration as JSON, under the name that the trackers of transformers ask for."""
+        return self.to_json()
+
     @classmethod
     def from_dict(cls, values: dict) -> "CoOpConfig":
         """Makes a configuration from plain values. Unknown keys are dropped with a warning that names them."""

@@ -191,7 +191,8 @@ def _read(folder: str, name: str, reader: Callable):
         earlier = [p for p in _checkpoints(os.path.dirname(os.path.abspath(folder))) if _step(p) < _step(folder)]
         hint = f"Resume from {earlier[-1]}" if earlier else "There is no earlier one: start afresh"
         missing = " (with save_only_model=True it is left out)" if name.startswith("training") else ""
-        what = f"missing{missing}" if isinstance(error, FileNotFoundError) else f"damaged ({str(error)[:300]})"
+        is_missing = name and isinstance(error, FileNotFoundError)
+        what = f"missing{missing}" if is_missing else f"damaged ({str(error)[:300]})"
         raise ValueError(f"the checkpoint cannot be resumed from: {path} is {what}. {hint}.") from error
 
 
