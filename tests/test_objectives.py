@@ -10,7 +10,7 @@ from test_trainer import arguments, embedded, make_model, pictures
 from torch.nn import functional as F
 
 from coop_hf import CoOpTrainer
-from coop_hf.training.objectives import OBJECTIVES, get_objective
+from coop_hf.training.objectives import OBJECTIVES, PROMPTSRC_TEMPLATES, get_objective
 
 
 IMAGES, CLASSES, DIM, SCALE = 5, 4, 6, 7.0
@@ -166,8 +166,14 @@ def test_names_and_keywords_are_checked_before_work(tmp_path):
 
 def hand_gradient(model, data, objective):
     """The gradient by the context, from the formulas, on the data set at once."""
-    with model.disable_adapter(), torch.no_grad():
-        t0 = F.normalize(model.get_text_features().float(), dim=-1)
+    templates = PROMPTSRC_TEMPLATES if objective == "promptsrc" else ["a photo of a {}."]
+    t0 = 0
+    for template in templates:
+        texts = [template.replace("{}", name) for name in model.class_names]
+        with torch.no_grad():
+            inputs = model.tokenizer(texts, padding=True, return_tensors="pt")
+            t0 = t0 + model.get_base_model().get_text_features(**inputs).pooler_output
+    t0 = F.normalize(t0, dim=-1)
     output = model(image_embeds=data.image_embeds[0], labels=data.labels)
     p0 = (model.logit_scale * output.image_embeds @ t0.T).softmax(-1).detach()
     log_p = output.logits.log_softmax(-1)

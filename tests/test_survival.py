@@ -61,7 +61,7 @@ def attempt(folder, slow, kill_after=None):
 folder = {folder!r}
 killed, status, seconds = attempt(folder + "/straight", slow=True)
 assert status == 0, status
-expected = read_adapter(folder + "/straight/final")[1]
+expected = t.read_context(folder + "/straight/final")
 rng = random.Random({seed})
 kills = resumed = 0
 while kills < {kills}:
@@ -82,7 +82,7 @@ while kills < {kills}:
             for step in steps:  # every checkpoint that is there is whole
                 assert sorted(os.listdir(run + f"/checkpoint-{{step}}")) == t.CHECKPOINT_FILES, step
                 read_adapter(run + f"/checkpoint-{{step}}")
-    assert torch.equal(read_adapter(run + "/final")[1], expected)
+    assert torch.equal(t.read_context(run + "/final"), expected)
     assert not [n for n in os.listdir(run) if n.startswith(".saving-")], os.listdir(run)
 print("kills", kills, "resumed", resumed)
 assert resumed >= {kills} // 4

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -14,9 +15,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import CLIPConfig, CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages, LabelledImages
+from coop_hf.adapters.base import Prompts
+from coop_hf.adapters.cocoop import CoCoOpConfig
+from coop_hf.adapters.coop import CoOp
+from coop_hf.adapters.deep import DeepTextConfig, IVLPConfig, MaPLeConfig, VPTConfig
+from coop_hf.adapters.tcp import TCPConfig
 from coop_hf.files.adapter_files import read_adapter
 
 
@@ -59,6 +65,10 @@ def trained(model, folder, train, **given):
     trainer = CoOpTrainer(model=model, args=arguments(folder, **given), train_dataset=train)
     trainer.train()
     return model.context.detach().clone()
+
+
+def read_context(folder):
+    return read_adapter(folder)[1]["prompt_embeddings"]
 
 
 # ---------------------------------------------------------------------- what is computed
@@ -406,7 +416,7 @@ def test_a_loss_of_nan_stops_and_leaves_the_last_checkpoint(base, processor, tmp
     )
     with pytest.raises(FloatingPointError, match="step 4.*checkpoint-2.* is good"):
         trainer.train()
-    _, context = read_adapter(tmp_path / "checkpoint-2")
+    context = read_context(tmp_path / "checkpoint-2")
     assert torch.isfinite(context).all()
 
 
@@ -546,6 +556,155 @@ def test_the_only_checkpoint_is_damaged(base, processor, tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+# ---------------------------------------------------------------------- other methods than CoOp
+
+
+@dataclass
+class GatedConfig(CoOpConfig, method="gated"):
+    """A method of a user: more parameters than the context, one that does not learn, and chance."""
+
+
+class Gated(CoOp, method="gated"):
+    def __init__(self, config, family, tokenizer):
+        super().__init__(config, family, tokenizer)
+        self.gate = torch.nn.Linear(family.text_width, family.text_width)
+        self.fixed = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def prompts(self, image_embeds=None, class_embeds=None):
+        return Prompts({0: self.context + self.dropout(self.gate(self.context))})
+
+
+METHODS = {
+    "cocoop": CoCoOpConfig(n_ctx=2, ctx_init=None),
+    "deep_text": DeepTextConfig(n_ctx=2, ctx_init=None, depth=2),
+    "vpt": VPTConfig(n_vision=2, depth=2),
+    "ivlp": IVLPConfig(n_ctx=2, ctx_init=None, n_vision=2, depth=2),
+    "maple": MaPLeConfig(n_ctx=2, ctx_init=None, depth=2),
+    "tcp": TCPConfig(n_ctx=2, layer=1),
+    "gated": GatedConfig(n_ctx=2),
+}
+OF_THE_IMAGE_TOWER = ("vpt", "ivlp", "maple")
+
+
+@pytest.fixture(scope="module")
+def deep_base(base):
+    """Both towers of two layers, with weights that matter."""
+    values = base.config.to_dict()
+    values["vision_config"]["num_hidden_layers"] = 2
+    torch.manual_seed(5)
+    deep = CLIPModel(CLIPConfig(**values)).eval()
+    with torch.no_grad():
+        for parameter in deep.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        deep.logit_scale.fill_(math.log(10.0))
+    return deep
+
+
+def make_method(method, base, processor, seed=0):
+    torch.manual_seed(seed)
+    return CoOpModel(base, METHODS[method], class_names=NAMES, processor=processor)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_that_a_method_learns_is_trained_counted_saved_and_resumed(deep_base, processor, tmp_path, method):
+    given = {"recipe": "paper", "learning_rate": 0.05, "lr_scheduler_type": "constant", "num_train_epochs": 2}
+    given |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    given |= {"logging_strategy": "steps", "logging_steps": 1}
+    model, norms = make_method(method, deep_base, processor), []
+    start = {name: value.clone() for name, value in model.adapter.learned_state().items()}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients = [p.grad.flatten() for p in model.adapter.parameters() if p.requires_grad]
+            norms.append(torch.cat(gradients).norm().item())
+
+    trainer = CoOpTrainer(model, arguments(tmp_path / "a", **given), pictures(), callbacks=[Watch()])
+    trainer.train()
+    assert [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log] == pytest.approx(norms)
+    end = model.adapter.learned_state()
+    for name in end:
+        assert torch.equal(end[name], start[name]) == (name == "fixed"), name
+    saved = read_adapter(tmp_path / "a" / "checkpoint-6")[1]
+    assert saved.keys() == end.keys() and all(torch.equal(saved[name], end[name]) for name in end)
+    for stop in (2, 3):
+        again = make_method(method, deep_base, processor, seed=99)
+        resumed = CoOpTrainer(again, arguments(tmp_path / "b", **given), pictures())
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+        state = again.adapter.learned_state()
+        assert all(torch.equal(state[name], end[name]) for name in end), stop
+
+
+def test_a_checkpoint_of_another_method_is_refused(deep_base, processor, tmp_path):
+    given = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    CoOpTrainer(make_method("tcp", deep_base, processor), arguments(tmp_path, **given), pictures()).train()
+    trainer = CoOpTrainer(make_method("cocoop", deep_base, processor), arguments(tmp_path, **given), pictures())
+    with pytest.raises(ValueError, match="method='tcp'.*method='cocoop'"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_embeddings_train_what_leaves_the_image_tower_alone(deep_base, processor, tmp_path, method):
+    model = make_method(method, deep_base, processor)
+    if method in OF_THE_IMAGE_TOWER:
+        for given in ({"train_dataset": embedded()}, {"eval_dataset": embedded()}):
+            with pytest.raises(ValueError, match="changes the image tower.*pass the images themselves"):
+                CoOpTrainer(model, arguments(tmp_path), **given)
+        with pytest.raises(ValueError, match="`num_views` counts cached views"):
+            CoOpTrainer(model, arguments(tmp_path, num_views=2), pictures())
+    else:
+        CoOpTrainer(model, arguments(tmp_path, max_steps=1), embedded()).train()
+
+
+@pytest.mark.parametrize("method", OF_THE_IMAGE_TOWER)
+def test_what_changes_the_image_tower_is_evaluated_on_images(deep_base, processor, tmp_path, method):
+    model, data = make_method(method, deep_base, processor), pictures(9)
+    trainer = CoOpTrainer(model, arguments(tmp_path, max_steps=3, learning_rate=0.3), data, eval_dataset=data)
+    trainer.train()
+    pixels = processor(images=data["image"][:], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=pixels).logits
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(data["label"]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_frozen_features_of_each_view_are_computed_once(deep_base, processor, tmp_path, recipe, monkeypatch):
+    given = {"recipe": recipe, "objective": "promptsrc", "learning_rate": 0.05, "per_device_train_batch_size": 4}
+    given |= {"num_train_epochs": 3, "max_steps": -1}
+    results, calls = [], []
+    for cached in (True, False):
+        model = make_method("ivlp", deep_base, processor)
+        args = arguments(tmp_path, cache_features=cached, augment=None if cached else recipe == "paper", **given)
+        trainer = CoOpTrainer(model, args, pictures())
+        frozen = []
+
+        def watched(*args, of=model, seen=frozen, real=model.get_image_features, **kwargs):
+            seen.append(of.is_disabled)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(model, "get_image_features", watched)
+        trainer.train()
+        calls.append((frozen.count(True), frozen.count(False)))
+        results.append(model.adapter.learned_state())
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
+    # 12 images in batches of 4: 9 steps; the frozen tower sees 36 or 12 views at once, or every batch beside them
+    assert calls == [(1, 9), (9, 9)]
+
+
+def test_adam_of_tcp_has_its_decay_in_the_gradient(deep_base, processor, tmp_path):
+    model = make_method("tcp", deep_base, processor)
+    args = arguments(tmp_path, recipe="paper", max_steps=1, weight_decay=0.1)
+    trainer = CoOpTrainer(model, args, pictures())
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is torch.optim.Adam
+    group = optimizer.param_groups[0]
+    assert (group["eps"], group["weight_decay"], args.objective) == (1e-3, 0.1, "kgcoop")
+    assert "adam with weight decay" in trainer.summary()["hyperparameters"]["optimizer"]
+
+
 # ---------------------------------------------------------------------- the average over epochs
 
 
@@ -564,7 +723,7 @@ def test_the_gaussian_average_over_epochs(base, processor, tmp_path):
     expected = np.einsum("e,eij->ij", weights / weights.sum(), np.stack(ends))
     np.testing.assert_allclose(model.context.detach().numpy(), expected, rtol=1e-6, atol=1e-8)
     trainer.save_model()
-    assert torch.equal(read_adapter(tmp_path / "a")[1], model.context)
+    assert torch.equal(read_context(tmp_path / "a"), model.context)
     for stop in (4, 6, 15):  # in an epoch, at the end of one, at the end of the training
         again = make_model(base, processor, seed=99)
         resumed = CoOpTrainer(again, arguments(tmp_path / "b", **given), embedded())
@@ -620,7 +779,7 @@ def run_processes(folder, processes, count, given):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    return read_adapter(folder)[1], torch.load(folder / "metrics.pt", weights_only=True)
+    return read_context(folder), torch.load(folder / "metrics.pt", weights_only=True)
 
 
 @pytest.mark.parametrize(
@@ -628,6 +787,7 @@ def run_processes(folder, processes, count, given):
     [
         (19, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "global_batch": 6}),
         (13, {"recipe": "fast", "max_steps": 6, "class_specific": True}),  # all at once, an odd number
+        (12, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "objective": "prograd"}),
     ],
 )
 def test_two_processes_equal_one(tmp_path, count, given):

@@ -34,6 +34,7 @@ RECIPES = {
 # What the official code of a method, or of a method with an objective, has other than CoOp's.
 PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
     "cocoop": {"batch_size": 1, "num_train_epochs": 10},
+    "deep_text": {"batch_size": 4, "learning_rate": 2.5e-3, "num_train_epochs": 5},
     "vpt": {"batch_size": 4, "learning_rate": 2.5e-3, "num_train_epochs": 5},
     "ivlp": {"batch_size": 4, "learning_rate": 3.5e-3, "num_train_epochs": 5},
     "maple": {"batch_size": 4, "learning_rate": 3.5e-3, "num_train_epochs": 5},

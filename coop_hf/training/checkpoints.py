@@ -27,7 +27,6 @@ from ..files.adapter_files import read_adapter, write_adapter
 __all__ = [
     "check_learned",
     "last_checkpoint",
-    "learned_parameters",
     "load_adapter_state",
     "load_training_state",
     "read_checkpoint",
@@ -54,14 +53,9 @@ _FREE = {"base_model_name_or_path", "revision", "format_version", "coop_hf_versi
 # ---------------------------------------------------------------------- what is learned
 
 
-def learned_parameters(model) -> dict[str, nn.Parameter]:
-    """The parameters of the active adapter that learn, by their names."""
-    return {name: p for name, p in model.adapters[model.active_adapter].named_parameters() if p.requires_grad}
-
-
 def check_learned(model) -> None:
     """Raises `ValueError` unless something learns, and nothing outside the active adapter does."""
-    learned = {id(parameter) for parameter in learned_parameters(model).values()}
+    learned = {id(parameter) for parameter in model.learned_parameters().values()}
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]
     if outside:
         raise ValueError(
@@ -70,10 +64,10 @@ def check_learned(model) -> None:
             "freeze it with requires_grad_(False)."
         )
     if not learned:
-        raise ValueError(
-            f"the adapter {model.active_adapter!r} was loaded for prediction: load it with is_trainable=True to "
-            "train it on."
-        )
+        why = "was loaded for prediction: load it with is_trainable=True to train it on"
+        if model.adapter.is_trainable:
+            why = f"is of the method {model.config.method!r} and has nothing that learns by gradients"
+        raise ValueError(f"the adapter {model.active_adapter!r} {why}.")
 
 
 def _subfolder(model) -> str | None:
@@ -83,7 +77,7 @@ def _subfolder(model) -> str | None:
 
 def save_adapter_state(folder: str, model) -> None:
     """Writes the active adapter's files."""
-    write_adapter(os.path.join(folder, _subfolder(model) or ""), model.config, model.context)
+    write_adapter(os.path.join(folder, _subfolder(model) or ""), model.config, model.adapter.learned_state())
 
 
 def load_adapter_state(folder: str, model) -> None:
@@ -92,21 +86,15 @@ def load_adapter_state(folder: str, model) -> None:
     Raises:
         ValueError: they are damaged, or were made with another configuration or on another base.
     """
-    config, context = _read(folder, "", lambda _: read_adapter(folder, subfolder=_subfolder(model)))
-    theirs, own = config.to_dict(), model.config.to_dict()
-    for name in sorted(own.keys() - _FREE):
-        if theirs.get(name) != own[name]:
+    config, tensors = _read(folder, "", lambda _: read_adapter(folder, subfolder=_subfolder(model)))
+    theirs, own = ({**c.to_dict(), "method": c.method} for c in (config, model.config))
+    for name in ["method", *sorted((own.keys() | theirs.keys()) - _FREE)]:
+        if theirs.get(name) != own.get(name):
             raise ValueError(
                 f"the checkpoint {folder} was made with {name}={shown(theirs.get(name))}, and the model has "
-                f"{name}={shown(own[name])}: resume with the same configuration."
+                f"{name}={shown(own.get(name))}: resume with the same configuration."
             )
-    if context.shape != model.context.shape:
-        raise ValueError(
-            f"the context in {folder} has the shape {tuple(context.shape)}, and the model's has "
-            f"{tuple(model.context.shape)}: resume with the same base model."
-        )
-    with torch.no_grad():
-        model.context.copy_(context)
+    model.adapter.load_learned_state(tensors)
 
 
 # ---------------------------------------------------------------------- the state of a training

@@ -15,8 +15,25 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from ..baselines.zero_shot import IMAGENET_80_TEMPLATES
+from ..core.class_prompts import ClassPrompts
+from ..core.layout import fill_template, tokenize_texts
 
-__all__ = ["OBJECTIVES", "Frozen", "cross_entropy", "get_objective", "kgcoop", "prograd", "promptsrc", "sigmoid"]
+
+__all__ = [
+    "OBJECTIVES",
+    "PROMPTSRC_TEMPLATES",
+    "Frozen",
+    "cross_entropy",
+    "get_objective",
+    "kgcoop",
+    "prograd",
+    "promptsrc",
+    "sigmoid",
+]
+
+# Of CLIP's 80, those that PromptSRC's public code averages.
+PROMPTSRC_TEMPLATES = tuple(IMAGENET_80_TEMPLATES[i] for i in (*range(29), *range(37, 63), 74, 75, 76, 78, 79))
 
 
 class Frozen:
@@ -28,29 +45,36 @@ class Frozen:
         images (`dict`, *optional*): the inputs that the images came with, without labels.
         image_embeds (`torch.Tensor`, *optional*): `(batch, projection_dim)`, if they are known.
         share (`torch.Tensor` or `float`, *optional*, defaults to 1): weight of this batch in the mean over processes.
+        kept (`dict`, *optional*): what stays from step to step.
 
     Attributes:
         parameters (`list[nn.Parameter]`): what learns.
     """
 
-    def __init__(self, model, output, images=None, image_embeds=None, share=1.0, parameters=()):
+    def __init__(self, model, output, images=None, image_embeds=None, share=1.0, kept=None):
         self._model, self._output, self._images, self._image_embeds = model, output, images, image_embeds
-        self._share, self.parameters = share, list(parameters)
+        self._share, self._kept = share, {} if kept is None else kept
+        self.parameters = list(model.learned_parameters().values())
 
     @property
     def text_embeds(self) -> torch.Tensor:
         """`(num_classes, projection_dim)`: embeddings of the template prompts, normalised."""
-        return _template_embeds(self._model).to(self._output.logits.device)
+        return self._model.template_embeds().to(self._output.logits.device)
 
     def ensemble_embeds(self, templates) -> torch.Tensor:
         """`(num_classes, projection_dim)`: mean over templates of the features, normalised."""
-        return _template_embeds(self._model, templates).to(self._output.logits.device)
+        if tuple(templates) not in self._kept:
+            self._kept[tuple(templates)] = _mean_template_embeds(self._model, templates)
+        return self._kept[tuple(templates)].to(self._output.logits.device)
 
     @property
     def image_embeds(self) -> torch.Tensor:
         """`(batch, projection_dim)`: normalised. The learning model's own where its image tower is the frozen one."""
         if self._image_embeds is None:
-            self._image_embeds = _frozen_image_embeds(self._model, self._output, self._images)
+            self._image_embeds = self._output.image_embeds
+            if self._model.adapter.prompts_image_tower:
+                with torch.no_grad(), self._model.disable_adapter():
+                    self._image_embeds = self._model.get_image_features(**self._images)
         return F.normalize(self._image_embeds.detach().to(self._output.logits.device).float(), dim=-1)
 
     @property
@@ -60,8 +84,10 @@ class Frozen:
 
     def scores(self, text_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch, num_classes)`: scores of the images against class embeddings."""
+        family = self._model.family
         with torch.autocast(text_embeds.device.type, enabled=False):
-            return _scale_cosines(self._model, self.image_embeds @ text_embeds.T)
+            scores = self._model.logit_scale.to(text_embeds.device) * self.image_embeds @ text_embeds.T
+            return scores if family.logit_bias is None else scores + family.logit_bias.to(scores.device)
 
     def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Gradients of the mean over processes of `loss` by each of `parameters`; all processes call it together."""
@@ -71,6 +97,17 @@ class Frozen:
                 dist.all_reduce(gradient)
                 gradient /= dist.get_world_size()
         return list(gradients)
+
+
+@torch.no_grad()
+def _mean_template_embeds(model, templates) -> torch.Tensor:
+    """Normalised means over templates of the class features, which are not normalised before."""
+    total = 0.0
+    for template in templates:
+        texts = fill_template(template, model.class_names)
+        layout = tokenize_texts(model.tokenizer, texts, model.family.max_positions)
+        total = total + ClassPrompts(model.family, layout).features(None, model.text_pass).float()
+    return F.normalize(total, dim=-1)
 
 
 def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -141,7 +178,7 @@ def promptsrc(
     text_weight: float = 25.0,
     image_weight: float = 10.0,
     logit_weight: float = 1.0,
-    templates=None,
+    templates=PROMPTSRC_TEMPLATES,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy + text_weight · mean|t - t⁰| + image_weight · mean|v - v⁰| + logit_weight · mean_c KL(p⁰‖p).
@@ -153,7 +190,7 @@ def promptsrc(
     Args:
         output, labels, frozen, label_smoothing: see [`cross_entropy`].
         text_weight, image_weight, logit_weight (`float`, *optional*, default to 25, 10 and 1): of the three terms.
-        templates (`list[str]`, *optional*): defaults to the adapter's own template.
+        templates (`list[str]`, *optional*, defaults to the public code's 60): empty for the adapter's own alone.
     """
     text_embeds = frozen.ensemble_embeds(templates) if templates else frozen.text_embeds
     text = (output.text_embeds - text_embeds).abs().mean(dim=(-2, -1))
@@ -179,7 +216,7 @@ def sigmoid(output, labels, frozen=None) -> torch.Tensor:
 prograd.needs_whole_batch = True
 prograd.needs_frozen_images = promptsrc.needs_frozen_images = True
 
-OBJECTIVES = {f.__name__: f for f in (cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
+OBJECTIVES: dict[str, Callable] = {f.__name__: f for f in (cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
 
 
 def get_objective(objective: str | Callable, **kwargs) -> Callable:
@@ -203,21 +240,3 @@ def get_objective(objective: str | Callable, **kwargs) -> Callable:
             f"Its signature is {inspect.signature(function)}."
         ) from None
     return functools.wraps(function)(functools.partial(function, **kwargs))
-
-
-# ---------------------------------------------------------------------- what today's model says
-
-
-@torch.no_grad()
-def _template_embeds(model, templates=None) -> torch.Tensor:
-    with model.disable_adapter():
-        return F.normalize(model.get_text_features().float(), dim=-1)
-
-
-@torch.no_grad()
-def _frozen_image_embeds(model, output, images) -> torch.Tensor:
-    return output.image_embeds
-
-
-def _scale_cosines(model, cosines: torch.Tensor) -> torch.Tensor:
-    return model.logit_scale.to(cosines.device) * cosines

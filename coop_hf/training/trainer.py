@@ -96,12 +96,13 @@ class CoOpTrainer(Trainer):
         self.about: dict = {}
         self._measured: dict = {}
         self._embedded: dict[int, tuple[Dataset, EmbeddedImages]] = {}
-        self._frozen: dict = {}
+        self._frozen: dict = {}  # of the batch
+        self._kept: dict = {}  # for all batches
         self.epochs: Epochs | None = None
         self.average: GaussianAverage | None = None
         # An adapter that changes the image tower needs the pixels at every step.
-        self._is_cached = args.cache_features and not _adapter(model, "prompts_image_tower")
-        method = _adapter(model, "method", "coop")
+        self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
+        method = model.config.method
         size = _embedding_size(model)
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
@@ -163,7 +164,7 @@ class CoOpTrainer(Trainer):
     def _as_images(self, dataset, model: CoOpModel, augment: bool = False):
         """`LabelledImages` of a `datasets.Dataset`, checked; any other data set as it is."""
         if not hasattr(dataset, "column_names"):
-            if _adapter(model, "prompts_image_tower") and "image_embeds" in dataset[0]:
+            if model.adapter.prompts_image_tower and "image_embeds" in dataset[0]:
                 raise ValueError(
                     f"{type(dataset).__name__} holds image embeddings, and the adapter {model.active_adapter!r} "
                     "changes the image tower that makes them: pass the images themselves."
@@ -220,10 +221,8 @@ class CoOpTrainer(Trainer):
         dataset, frozen = self._as_embeddings(self.train_dataset, num_views), None
         if isinstance(dataset, LabelledImages):
             logger.info("Training takes the images themselves, through the image tower at every step.")
-            asks = getattr(self.objective, "needs_frozen_images", False) and _adapter(
-                self.model, "prompts_image_tower"
-            )
-            if asks and args.cache_features:
+            asks = getattr(self.objective, "needs_frozen_images", False) and args.cache_features
+            if asks and self.model.adapter.prompts_image_tower:
                 frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
         self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen)
         return self._get_dataloader(self.epochs, "Training", self._train_batch_size, SequentialSampler, True)
@@ -242,10 +241,11 @@ class CoOpTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As `transformers.Trainer.train`."""
         checkpoints.check_learned(self.model)
+        self._kept.clear()
         if self.args.should_save:
             checkpoints.sweep(self.args.output_dir)
         if self.args.average_mean is not None:
-            learned = checkpoints.learned_parameters(self.model)
+            learned = self.model.learned_parameters()
             self.average = GaussianAverage(learned, self.args.average_mean, self.args.average_std)
         if self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False):
             # An evaluation before the training prepared the model for evaluation, and accelerate would not prepare it
@@ -272,8 +272,8 @@ class CoOpTrainer(Trainer):
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
         if not self.model.training:
             return self._eval_loss(outputs, labels) * share
-        parameters = checkpoints.learned_parameters(self.model).values()
-        frozen = Frozen(self.model, outputs, **self._frozen, share=share * self.args.world_size, parameters=parameters)
+        kept = {"share": share * self.args.world_size, "kept": self._kept}
+        frozen = Frozen(self.model, outputs, **self._frozen, **kept)
         return self.objective(outputs, labels, frozen) * share
 
     def _eval_loss(self, outputs, labels):
@@ -305,7 +305,7 @@ class CoOpTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Only what is learned has a gradient: there is no need to walk through the base at every step.
         if grad_norm is None and getattr(self.accelerator, "scaler", None) is None:
-            learned = checkpoints.learned_parameters(self.model).values()
+            learned = self.model.learned_parameters().values()
             return torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         return super()._get_grad_norm(model, grad_norm)
 
@@ -403,12 +403,12 @@ class CoOpTrainer(Trainer):
 
     def _save_training_state(self, folder: str) -> None:
         states = {name: other.state_dict() for name, other in self._others().items()}
-        learned = checkpoints.learned_parameters(self.model)
+        learned = self.model.learned_parameters()
         checkpoints.save_training_state(folder, learned, self.optimizer, self.lr_scheduler, **states)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            learned = checkpoints.learned_parameters(self.model)
+            learned = self.model.learned_parameters()
             states = checkpoints.load_training_state(checkpoint, learned, self.optimizer, self.lr_scheduler)
             for name, other in self._others().items():
                 if states.get(name):
@@ -499,11 +499,6 @@ class CoOpTrainer(Trainer):
             self.push_in_progress.jobs.append(job)
 
 
-def _adapter(model: CoOpModel, name: str, default=False):
-    """An attribute of the active adapter."""
-    return getattr(model.adapters[model.active_adapter], name, default)
-
-
 def _collate(examples):
     batch = collate(examples)
     if not isinstance(examples, dict) and FROZEN_IMAGE_EMBEDS in examples[0]:
@@ -513,7 +508,7 @@ def _collate(examples):
 
 def _embedding_size(model: CoOpModel) -> float:
     """Root mean square of the base's token embeddings."""
-    embedding = model.get_base_model().text_model.embeddings.token_embedding
+    embedding = model.family.token_embedding
     with torch.no_grad(), align_module_device(embedding):
         return embedding.weight.float().pow(2).mean().sqrt().item()
 
