@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -280,3 +281,28 @@ class CoOpTrainingArguments(TrainingArguments):
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
                     self.max_steps = recipe["max_steps"]
+
+    def describe(self, num_steps: int) -> dict:
+        """What a model card says of a training: `seed`, `hyperparameters` and `hardware`."""
+        optimizer = "adam with weight decay in the gradient" if self.is_adam_l2 else self.optim.value
+        values = {
+            "recipe": self.recipe,
+            "objective": self.to_dict()["objective"],
+            "optimizer": f"{optimizer}{f' ({self.optim_args})' if self.optim_args else ''}",
+            "learning rate": self.learning_rate,
+            "weight decay": self.weight_decay,
+            "images a step": self.train_batch_size * self.world_size * self.gradient_accumulation_steps,
+            "steps": num_steps,
+            "precision": "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32",
+            "processes": self.world_size,
+        }
+        if self.average_mean is not None:
+            values["weights"] = f"mean over epochs, Gaussian ({self.average_mean:g}, {self.average_std:g})"
+        return {"seed": self.seed, "hyperparameters": values, "hardware": _hardware(self.device)}
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (one of {torch.cuda.device_count()})"
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"

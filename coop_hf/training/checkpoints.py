@@ -9,15 +9,17 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import HubStrategy, sort_checkpoints
+from transformers.utils import logging
 
 from ..atomic import save_tensors
 from ..checks import shown
@@ -29,14 +31,16 @@ __all__ = [
     "last_checkpoint",
     "load_adapter_state",
     "load_training_state",
+    "push",
     "read_checkpoint",
     "rotate",
     "save_adapter_state",
     "save_training_state",
     "sweep",
-    "upload",
     "whole_folder",
 ]
+
+logger = logging.get_logger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -256,19 +260,28 @@ def sweep(run_dir: str) -> None:
             shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
 
 
-def upload(folder: str, strategy: HubStrategy) -> list[CommitOperationAdd]:
-    """What of a checkpoint goes to the Hub, read into memory: the adapter, and with it all, as `strategy` says."""
+def push(folder: str, strategy: HubStrategy, repo_id: str, token: str | None, revision: str | None) -> Future:
+    """Pushes a checkpoint in the background: the adapter, and with it the whole, as `strategy` says.
+
+    What is sent is read now: the folder may be gone before. A push that fails is told, and does not stop the training.
+    """
     files = {}
     for root, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(root, name), "rb") as file:
                 files[os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/")] = file.read()
-    operations = [
-        CommitOperationAdd(path, content)
-        for path, content in files.items()
-        if os.path.basename(path).startswith("adapter_")
-    ]
+    sent = {path: content for path, content in files.items() if os.path.basename(path).startswith("adapter_")}
     if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(folder)
-        operations += [CommitOperationAdd(f"{place}/{path}", content) for path, content in files.items()]
-    return operations
+        sent |= {f"{place}/{path}": content for path, content in files.items()}
+    operations = [CommitOperationAdd(path, content) for path, content in sent.items()]
+    api = HfApi(token=token)
+
+    def commit():
+        try:
+            message = f"Training in progress, {os.path.basename(folder)}"
+            return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        except Exception as error:
+            logger.warning("%s was not pushed (%s); it is whole on this machine.", folder, error)
+
+    return api.run_as_future(commit)

@@ -95,7 +95,7 @@ class CoOpTrainer(Trainer):
         }
         self.about: dict = {}
         self._measured: dict = {}
-        self._embedded: dict[int, tuple[Dataset, EmbeddedImages]] = {}
+        self._embedded: dict[tuple, tuple[Dataset, EmbeddedImages]] = {}
         self._frozen: dict = {}  # of the batch
         self._kept: dict = {}  # for all batches
         self.epochs: Epochs | None = None
@@ -107,17 +107,9 @@ class CoOpTrainer(Trainer):
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
             train_dataset = self._as_images(train_dataset, model, augment=augment)
-            labels = _labels_of(train_dataset)
-            counts = np.bincount(labels, minlength=len(model.class_names))
-            if (counts == 0).any():
-                empty = [repr(model.class_names[c]) for c in np.flatnonzero(counts == 0)]
-                raise ValueError(
-                    f"{len(empty)} of {len(counts)} classes have no image in the training set: "
-                    f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add images, or leave these "
-                    "classes out of the class names while training."
-                )
+            counts = _class_counts(train_dataset, model.class_names)
             args.complete(len(train_dataset), int(counts.max()), len(counts), size, method, self._is_cached)
-            self._check_objective(args)
+            _check_objective(args, self._is_cached)
         elif args.per_device_train_batch_size is None:
             args.complete(1, 1, 1, size, method)
         self.objective = args.get_objective()
@@ -146,25 +138,11 @@ class CoOpTrainer(Trainer):
 
     # ------------------------------------------------------------------ data
 
-    def _check_objective(self, args: CoOpTrainingArguments) -> None:
-        """What an objective or an adapter cannot be trained with is told before work starts."""
-        objective = args.get_objective()
-        if getattr(objective, "needs_whole_batch", False):
-            if args.gradient_accumulation_steps > 1 or args.fp16:
-                raise ValueError(
-                    f"the objective {args.objective!r} needs the gradient of the whole batch at once: leave out "
-                    "gradient_accumulation_steps (text_chunk_size saves memory, too), and take bf16 or fp32, not fp16."
-                )
-        if args.cache_features and not self._is_cached and args.num_views is not None:
-            raise ValueError(
-                "`num_views` counts cached views, and this adapter changes the image tower, so that nothing is "
-                "cached: leave it out. Every epoch sees new views with the paper's recipe."
-            )
-
     def _as_images(self, dataset, model: CoOpModel, augment: bool = False):
         """`LabelledImages` of a `datasets.Dataset`, checked; any other data set as it is."""
         if not hasattr(dataset, "column_names"):
-            if model.adapter.prompts_image_tower and "image_embeds" in dataset[0]:
+            images = isinstance(dataset, LabelledImages) or not model.adapter.prompts_image_tower
+            if not images and "image_embeds" in dataset[0]:
                 raise ValueError(
                     f"{type(dataset).__name__} holds image embeddings, and the adapter {model.active_adapter!r} "
                     "changes the image tower that makes them: pass the images themselves."
@@ -181,10 +159,11 @@ class CoOpTrainer(Trainer):
         """Embeddings of images, computed once, if `args` ask for that; any other data set as it is."""
         if not isinstance(dataset, LabelledImages) or not self._is_cached:
             return dataset
-        if id(dataset) not in self._embedded:
+        key = (id(dataset), num_views or None)
+        if key not in self._embedded:
             logger.info("Image embeddings are computed once and cached (cache_features=True).")
-            self._embedded[id(dataset)] = (dataset, EmbeddedImages(self._embed(dataset, num_views), dataset.labels))
-        return self._embedded[id(dataset)][1]
+            self._embedded[key] = (dataset, EmbeddedImages(self._embed(dataset, num_views), dataset.labels))
+        return self._embedded[key][1]
 
     def _embed(self, dataset: LabelledImages, num_views: int | None) -> torch.Tensor:
         """What the frozen image tower gives: `(num_views or 1, len(dataset), projection_dim)`."""
@@ -352,9 +331,9 @@ class CoOpTrainer(Trainer):
 
     def summary(self) -> dict:
         """What is known about the training, as a model card tells it; see `coop_hf.files.model_card.make_card`."""
-        summary = {**_hyperparameters(self.args, self.state), **self._measured, **self.about}
+        summary = {**self.args.describe(self.state.global_step), **self._measured, **self.about}
         if self.train_dataset is not None:
-            counts = np.bincount(_labels_of(self.train_dataset), minlength=len(self.model.class_names))
+            counts = _class_counts(self.train_dataset, self.model.class_names, strict=False)
             summary["num_train"] = len(self.train_dataset)
             if counts.min() == counts.max():
                 summary["shots"] = int(counts.max())
@@ -478,21 +457,9 @@ class CoOpTrainer(Trainer):
             if not self.push_in_progress.is_done():
                 return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        operations = checkpoints.upload(checkpoint_folder, strategy)  # read now: it may be gone before it is sent
-        api = HfApi(token=self.args.hub_token)
-
-        def push():
-            try:
-                return api.create_commit(
-                    self.hub_model_id,
-                    operations,
-                    commit_message=f"Training in progress, {os.path.basename(checkpoint_folder)}",
-                    revision=self.args.hub_revision,
-                )
-            except Exception as error:
-                logger.warning("%s was not pushed (%s); it is whole on this machine.", checkpoint_folder, error)
-
-        job = api.run_as_future(push)
+        job = checkpoints.push(
+            checkpoint_folder, strategy, self.hub_model_id, self.args.hub_token, self.args.hub_revision
+        )
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress([job])
         else:
@@ -513,33 +480,33 @@ def _embedding_size(model: CoOpModel) -> float:
         return embedding.weight.float().pow(2).mean().sqrt().item()
 
 
-def _labels_of(dataset) -> np.ndarray:
-    if hasattr(dataset, "labels"):
-        return np.asarray(dataset.labels)
-    return np.asarray([int(dataset[index]["labels"]) for index in range(len(dataset))])
+def _class_counts(dataset, class_names: list[str], strict: bool = True) -> np.ndarray:
+    """Images of each class, `(num_classes,)`; a class without any is refused."""
+    labels = np.asarray(
+        dataset.labels if hasattr(dataset, "labels") else [dataset[i]["labels"] for i in range(len(dataset))]
+    )
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+    if strict and (counts == 0).any():
+        empty = [repr(class_names[c]) for c in np.flatnonzero(counts == 0)]
+        raise ValueError(
+            f"{len(empty)} of {len(counts)} classes have no image in the training set: "
+            f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add images, or leave these classes out of "
+            "the class names while training."
+        )
+    return counts
 
 
-def _hyperparameters(args: CoOpTrainingArguments, state) -> dict:
-    """How the training went, for the model card."""
-    optimizer = "adam with weight decay in the gradient" if args.is_adam_l2 else args.optim.value
-    values = {
-        "recipe": args.recipe,
-        "objective": args.to_dict()["objective"],
-        "optimizer": f"{optimizer}{f' ({args.optim_args})' if args.optim_args else ''}",
-        "learning rate": args.learning_rate,
-        "weight decay": args.weight_decay,
-        "images a step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        "steps": state.global_step,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "processes": args.world_size,
-    }
-    if args.average_mean is not None:
-        values["weights"] = f"mean over epochs, Gaussian ({args.average_mean:g}, {args.average_std:g})"
-    return {"seed": args.seed, "hyperparameters": values, "hardware": _hardware(args.device)}
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (one of {torch.cuda.device_count()})"
-    threads = torch.get_num_threads()
-    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+def _check_objective(args: CoOpTrainingArguments, is_cached: bool) -> None:
+    """What an objective or an adapter cannot be trained with is told before work starts."""
+    objective = args.get_objective()
+    if getattr(objective, "needs_whole_batch", False):
+        if args.gradient_accumulation_steps > 1 or args.fp16:
+            raise ValueError(
+                f"the objective {args.objective!r} needs the gradient of the whole batch at once: leave out "
+                "gradient_accumulation_steps (text_chunk_size saves memory, too), and take bf16 or fp32, not fp16."
+            )
+    if args.cache_features and not is_cached and args.num_views is not None:
+        raise ValueError(
+            "`num_views` counts cached views, and this adapter changes the image tower, so that nothing is "
+            "cached: leave it out. Every epoch sees new views with the paper's recipe."
+        )
