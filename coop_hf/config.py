@@ -147,6 +147,10 @@ class PromptConfig:
         """The text of `adapter_config.json`."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
+    def to_json_string(self) -> str:
+        """The configuration as JSON, under the name that the trackers of transformers ask for."""
+        return self.to_json()
+
     @classmethod
     def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
         """Makes a configuration from plain values. Unknown keys are dropped with a warning that names them.

@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 import test_trainer as t
 from conftest import make_base, make_tokenizer
 from coop_hf.files.adapter_files import read_adapter
-from coop_hf.training.trainer import CoOpTrainer, _last_checkpoint
+from coop_hf.training.checkpoints import last_checkpoint
+from coop_hf.training.trainer import CoOpTrainer
 
 tokenizer = make_tokenizer()
 base = make_base(tokenizer)
@@ -36,7 +37,7 @@ def train(folder, slow):
     trainer = CoOpTrainer(
         model=t.make_model(base, tokenizer), args=t.arguments(folder, **given), train_dataset=t.embedded(17, views=3)
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder) is not None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) is not None)
     trainer.save_model(folder + "/final")
 
 
@@ -60,7 +61,7 @@ def attempt(folder, slow, kill_after=None):
 folder = {folder!r}
 killed, status, seconds = attempt(folder + "/straight", slow=True)
 assert status == 0, status
-expected = read_adapter(folder + "/straight/final")[1]["prompt_embeddings"]
+expected = t.read_context(folder + "/straight/final")
 rng = random.Random({seed})
 kills = resumed = 0
 while kills < {kills}:
@@ -81,7 +82,7 @@ while kills < {kills}:
             for step in steps:  # every checkpoint that is there is whole
                 assert sorted(os.listdir(run + f"/checkpoint-{{step}}")) == t.CHECKPOINT_FILES, step
                 read_adapter(run + f"/checkpoint-{{step}}")
-    assert torch.equal(read_adapter(run + "/final")[1]["prompt_embeddings"], expected)
+    assert torch.equal(t.read_context(run + "/final"), expected)
     assert not [n for n in os.listdir(run) if n.startswith(".saving-")], os.listdir(run)
 print("kills", kills, "resumed", resumed)
 assert resumed >= {kills} // 4

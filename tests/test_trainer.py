@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import resource
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -13,9 +15,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import CLIPConfig, CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages, LabelledImages
+from coop_hf.adapters.base import Prompts
+from coop_hf.adapters.cocoop import CoCoOpConfig
+from coop_hf.adapters.coop import CoOp
+from coop_hf.adapters.deep import DeepTextConfig, IVLPConfig, MaPLeConfig, VPTConfig
+from coop_hf.adapters.tcp import TCPConfig
 from coop_hf.files.adapter_files import read_adapter
 
 
@@ -58,6 +65,10 @@ def trained(model, folder, train, **given):
     trainer = CoOpTrainer(model=model, args=arguments(folder, **given), train_dataset=train)
     trainer.train()
     return model.context.detach().clone()
+
+
+def read_context(folder):
+    return read_adapter(folder)[1]["prompt_embeddings"]
 
 
 # ---------------------------------------------------------------------- what is computed
@@ -132,6 +143,7 @@ def test_the_fast_recipe_is_full_batch_adam(base, processor, tmp_path):
 
 @pytest.mark.parametrize("count", [24, 21])
 def test_accumulated_gradients_equal_one_batch(base, processor, tmp_path, count):
+    # 21 images are one batch of 12 in an epoch: an incomplete global batch is left out, as in the public code.
     given = {"recipe": "paper", "num_train_epochs": 3, "learning_rate": 0.1}
     whole = trained(make_model(base, processor), tmp_path, embedded(count), per_device_train_batch_size=12, **given)
     parts = trained(
@@ -142,10 +154,34 @@ def test_accumulated_gradients_equal_one_batch(base, processor, tmp_path, count)
         gradient_accumulation_steps=3,
         **given,
     )
-    if count == 24:
-        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
-    else:  # 21 images are one batch of 12, or two groups of which the second holds 8
-        assert not torch.equal(parts, whole)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 7}, {"num_train_epochs": 2.4}])
+def test_the_papers_schedule_of_a_part_of_an_epoch(base, processor, tmp_path, given):
+    # 12 images in batches of 4: epochs of 3 steps, the last one cut off. Its rate is that of the whole schedule.
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    args = arguments(tmp_path, recipe="paper", per_device_train_batch_size=4, **given)
+    CoOpTrainer(make_model(base, processor), args, embedded(12), callbacks=[Watch()]).train()
+    epochs = [1e-5, 2e-3, 2e-3 * 0.5 * (1 + math.cos(math.pi / 3))]
+    expected = [epochs[step // 3] for step in range(len(rates))]
+    assert len(rates) == (7 if "max_steps" in given else 8)
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "given, views", [({"max_steps": 7}, 3), ({"num_train_epochs": 2.4}, 3), ({"num_views": 2}, 2)]
+)
+def test_no_more_views_are_embedded_than_are_seen(base, processor, tmp_path, given, views):
+    args = arguments(tmp_path, recipe="paper", per_device_train_batch_size=4, **given)
+    trainer = CoOpTrainer(make_model(base, processor), args, pictures(12))
+    trainer.get_train_dataloader()
+    assert trainer.epochs.dataset.image_embeds.shape[0] == views
 
 
 def test_fewer_images_than_a_batch(base, processor, tmp_path):
@@ -380,7 +416,7 @@ def test_a_loss_of_nan_stops_and_leaves_the_last_checkpoint(base, processor, tmp
     )
     with pytest.raises(FloatingPointError, match="step 4.*checkpoint-2.* is good"):
         trainer.train()
-    context = read_adapter(tmp_path / "checkpoint-2")[1]["prompt_embeddings"]
+    context = read_context(tmp_path / "checkpoint-2")
     assert torch.isfinite(context).all()
 
 
@@ -490,6 +526,220 @@ def test_the_final_model_is_an_adapter(base_folder, tmp_path):
     assert again.predict(pictures(1)["image"][0], top_k=2) == model.predict(pictures(1)["image"][0], top_k=2)
 
 
+# ---------------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_damaged_checkpoint_is_told_with_the_one_to_take(base, processor, tmp_path, name, damage):
+    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trained(make_model(base, processor), tmp_path, embedded(), **given)
+    path = tmp_path / "checkpoint-4" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 40 if damage == "cut" else 0])
+    trainer = CoOpTrainer(make_model(base, processor), arguments(tmp_path, **given), embedded())
+    if name == "training_args.json":  # for people to read
+        trainer.train(resume_from_checkpoint=True)
+        return
+    with pytest.raises(ValueError, match=f"checkpoint-4.*({name}|config).*Resume from .*checkpoint-2"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_the_only_checkpoint_is_damaged(base, processor, tmp_path):
+    given = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trained(make_model(base, processor), tmp_path, embedded(), save_only_model=True, **given)
+    trainer = CoOpTrainer(make_model(base, processor), arguments(tmp_path, **given), embedded())
+    with pytest.raises(ValueError, match="training_state.json is missing .with save_only_model=True.*start afresh"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+# ---------------------------------------------------------------------- other methods than CoOp
+
+
+@dataclass
+class GatedConfig(CoOpConfig, method="gated"):
+    """A method of a user: more parameters than the context, one that does not learn, and chance."""
+
+
+class Gated(CoOp, method="gated"):
+    def __init__(self, config, family, tokenizer):
+        super().__init__(config, family, tokenizer)
+        self.gate = torch.nn.Linear(family.text_width, family.text_width)
+        self.fixed = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def prompts(self, image_embeds=None, class_embeds=None):
+        return Prompts({0: self.context + self.dropout(self.gate(self.context))})
+
+
+METHODS = {
+    "cocoop": CoCoOpConfig(n_ctx=2, ctx_init=None),
+    "deep_text": DeepTextConfig(n_ctx=2, ctx_init=None, depth=2),
+    "vpt": VPTConfig(n_vision=2, depth=2),
+    "ivlp": IVLPConfig(n_ctx=2, ctx_init=None, n_vision=2, depth=2),
+    "maple": MaPLeConfig(n_ctx=2, ctx_init=None, depth=2),
+    "tcp": TCPConfig(n_ctx=2, layer=1),
+    "gated": GatedConfig(n_ctx=2),
+}
+OF_THE_IMAGE_TOWER = ("vpt", "ivlp", "maple")
+
+
+@pytest.fixture(scope="module")
+def deep_base(base):
+    """Both towers of two layers, with weights that matter."""
+    values = base.config.to_dict()
+    values["vision_config"]["num_hidden_layers"] = 2
+    torch.manual_seed(5)
+    deep = CLIPModel(CLIPConfig(**values)).eval()
+    with torch.no_grad():
+        for parameter in deep.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        deep.logit_scale.fill_(math.log(10.0))
+    return deep
+
+
+def make_method(method, base, processor, seed=0):
+    torch.manual_seed(seed)
+    return CoOpModel(base, METHODS[method], class_names=NAMES, processor=processor)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_that_a_method_learns_is_trained_counted_saved_and_resumed(deep_base, processor, tmp_path, method):
+    given = {"recipe": "paper", "learning_rate": 0.05, "lr_scheduler_type": "constant", "num_train_epochs": 2}
+    given |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    given |= {"logging_strategy": "steps", "logging_steps": 1}
+    model, norms = make_method(method, deep_base, processor), []
+    start = {name: value.clone() for name, value in model.adapter.learned_state().items()}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients = [p.grad.flatten() for p in model.adapter.parameters() if p.requires_grad]
+            norms.append(torch.cat(gradients).norm().item())
+
+    trainer = CoOpTrainer(model, arguments(tmp_path / "a", **given), pictures(), callbacks=[Watch()])
+    trainer.train()
+    assert [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log] == pytest.approx(norms)
+    end = model.adapter.learned_state()
+    for name in end:
+        assert torch.equal(end[name], start[name]) == (name == "fixed"), name
+    saved = read_adapter(tmp_path / "a" / "checkpoint-6")[1]
+    assert saved.keys() == end.keys() and all(torch.equal(saved[name], end[name]) for name in end)
+    for stop in (2, 3):
+        again = make_method(method, deep_base, processor, seed=99)
+        resumed = CoOpTrainer(again, arguments(tmp_path / "b", **given), pictures())
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+        state = again.adapter.learned_state()
+        assert all(torch.equal(state[name], end[name]) for name in end), stop
+
+
+def test_a_checkpoint_of_another_method_is_refused(deep_base, processor, tmp_path):
+    given = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    CoOpTrainer(make_method("tcp", deep_base, processor), arguments(tmp_path, **given), pictures()).train()
+    trainer = CoOpTrainer(make_method("cocoop", deep_base, processor), arguments(tmp_path, **given), pictures())
+    with pytest.raises(ValueError, match="method='tcp'.*method='cocoop'"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_embeddings_train_what_leaves_the_image_tower_alone(deep_base, processor, tmp_path, method):
+    model = make_method(method, deep_base, processor)
+    if method in OF_THE_IMAGE_TOWER:
+        for given in ({"train_dataset": embedded()}, {"eval_dataset": embedded()}):
+            with pytest.raises(ValueError, match="changes the image tower.*pass the images themselves"):
+                CoOpTrainer(model, arguments(tmp_path), **given)
+        with pytest.raises(ValueError, match="`num_views` counts cached views"):
+            CoOpTrainer(model, arguments(tmp_path, num_views=2), pictures())
+    else:
+        CoOpTrainer(model, arguments(tmp_path, max_steps=1), embedded()).train()
+
+
+@pytest.mark.parametrize("method", OF_THE_IMAGE_TOWER)
+def test_what_changes_the_image_tower_is_evaluated_on_images(deep_base, processor, tmp_path, method):
+    model, data = make_method(method, deep_base, processor), pictures(9)
+    trainer = CoOpTrainer(model, arguments(tmp_path, max_steps=3, learning_rate=0.3), data, eval_dataset=data)
+    trainer.train()
+    pixels = processor(images=data["image"][:], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=pixels).logits
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(data["label"]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_frozen_features_of_each_view_are_computed_once(deep_base, processor, tmp_path, recipe, monkeypatch):
+    given = {"recipe": recipe, "objective": "promptsrc", "learning_rate": 0.05, "per_device_train_batch_size": 4}
+    given |= {"num_train_epochs": 3, "max_steps": -1}
+    results, calls = [], []
+    for cached in (True, False):
+        model = make_method("ivlp", deep_base, processor)
+        args = arguments(tmp_path, cache_features=cached, augment=None if cached else recipe == "paper", **given)
+        trainer = CoOpTrainer(model, args, pictures())
+        frozen = []
+
+        def watched(*args, of=model, seen=frozen, real=model.get_image_features, **kwargs):
+            seen.append(of.is_disabled)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(model, "get_image_features", watched)
+        trainer.train()
+        calls.append((frozen.count(True), frozen.count(False)))
+        results.append(model.adapter.learned_state())
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
+    # 12 images in batches of 4: 9 steps; the frozen tower sees 36 or 12 views at once, or every batch beside them
+    assert calls == [(1, 9), (9, 9)]
+
+
+def test_adam_of_tcp_has_its_decay_in_the_gradient(deep_base, processor, tmp_path):
+    model = make_method("tcp", deep_base, processor)
+    args = arguments(tmp_path, recipe="paper", max_steps=1, weight_decay=0.1)
+    trainer = CoOpTrainer(model, args, pictures())
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is torch.optim.Adam
+    group = optimizer.param_groups[0]
+    assert (group["eps"], group["weight_decay"], args.objective) == (1e-3, 0.1, "kgcoop")
+    assert "adam with weight decay" in trainer.summary()["hyperparameters"]["optimizer"]
+
+
+# ---------------------------------------------------------------------- the average over epochs
+
+
+def test_the_gaussian_average_over_epochs(base, processor, tmp_path):
+    given = {"recipe": "paper", "num_train_epochs": 5, "per_device_train_batch_size": 8, "learning_rate": 0.1}
+    given |= {"average_mean": 3.0, "average_std": 0.8, "save_strategy": "steps", "save_steps": 1}
+    model, ends = make_model(base, processor), []
+
+    class Watch(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            ends.append(model.context.detach().double().numpy().copy())
+
+    trainer = CoOpTrainer(model, arguments(tmp_path / "a", **given), embedded(), callbacks=[Watch()])
+    trainer.train()
+    weights = np.exp(-0.5 * ((np.arange(1, 6) - 3.0) / 0.8) ** 2)
+    expected = np.einsum("e,eij->ij", weights / weights.sum(), np.stack(ends))
+    np.testing.assert_allclose(model.context.detach().numpy(), expected, rtol=1e-6, atol=1e-8)
+    trainer.save_model()
+    assert torch.equal(read_context(tmp_path / "a"), model.context)
+    for stop in (4, 6, 15):  # in an epoch, at the end of one, at the end of the training
+        again = make_model(base, processor, seed=99)
+        resumed = CoOpTrainer(again, arguments(tmp_path / "b", **given), embedded())
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+        assert torch.equal(again.context, model.context), stop
+
+
+def test_an_average_and_a_best_checkpoint_exclude_each_other(base, processor, tmp_path):
+    given = {"average_mean": 3.0, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="describe one Gaussian"):
+        arguments(tmp_path, **given)
+    args = arguments(tmp_path, average_std=1.0, **given)
+    with pytest.raises(ValueError, match="leave one out"):
+        CoOpTrainer(make_model(base, processor), args, embedded(), eval_dataset=embedded())
+
+
 # ---------------------------------------------------------------------- several processes
 
 
@@ -505,9 +755,9 @@ size = {{"height": 16, "width": 16}}
 image_processor = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size=size)
 processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
 model = t.make_model(make_base(tokenizer), processor, class_specific={class_specific})
-data = t.images({count})
+data = t.pictures({count})
 args = t.arguments({folder!r}, **{given!r})
-trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.images(11, seed=1))
+trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.pictures(11, seed=1))
 with model.disable_adapter():
     trainer.evaluate()  # before the training, too
 trainer.train()
@@ -529,7 +779,7 @@ def run_processes(folder, processes, count, given):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    return read_adapter(folder)[1]["prompt_embeddings"], torch.load(folder / "metrics.pt", weights_only=True)
+    return read_context(folder), torch.load(folder / "metrics.pt", weights_only=True)
 
 
 @pytest.mark.parametrize(
@@ -537,6 +787,7 @@ def run_processes(folder, processes, count, given):
     [
         (19, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "global_batch": 6}),
         (13, {"recipe": "fast", "max_steps": 6, "class_specific": True}),  # all at once, an odd number
+        (12, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "objective": "prograd"}),
     ],
 )
 def test_two_processes_equal_one(tmp_path, count, given):
@@ -550,6 +801,7 @@ def test_two_processes_equal_one(tmp_path, count, given):
     (one, one_metrics), (two, two_metrics) = results
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
     assert two_metrics["eval_accuracy"] == one_metrics["eval_accuracy"]
+    assert two_metrics["eval_loss"] == pytest.approx(one_metrics["eval_loss"], rel=1e-5)  # 11 images: one is padding
     assert two_metrics["eval_macro_f1"] == pytest.approx(one_metrics["eval_macro_f1"])
 
 
@@ -567,8 +819,8 @@ def test_bad_data(base, processor, tmp_path):
         model = model or make_model(base, processor)
         return CoOpTrainer(model=model, args=arguments(tmp_path, **given), train_dataset=dataset)
 
-    with pytest.raises(ValueError, match="'image'.*image"):
-        make(pictures(), image_column="image")
+    with pytest.raises(ValueError, match="'photo'.*image"):
+        make(pictures(), image_column="photo")
     with pytest.raises(ValueError, match="'kind'.*label"):
         make(pictures(), label_column="kind")
     with pytest.raises(ValueError, match="1 of 3 classes have no image.*'sea'"):
@@ -589,6 +841,35 @@ def test_bad_data(base, processor, tmp_path):
     assert isinstance(skipping.train_dataset, LabelledImages) and skipping.train_dataset.skipped == [5]
     skipping.train()
     make(pictures().rename_columns({"image": "img", "label": "y"}), image_column="img", label_column="y", max_steps=1)
+
+
+def test_what_would_learn_outside_the_adapter_is_refused(base, processor, tmp_path):
+    model = make_model(base, processor)
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="extra.weight, extra.bias would learn outside the active adapter, 'default'"):
+        CoOpTrainer(model, arguments(tmp_path), embedded())
+    model.extra.requires_grad_(False)
+    trainer = CoOpTrainer(model, arguments(tmp_path, max_steps=1), embedded())
+    base.logit_scale.requires_grad_(True)
+    try:
+        with pytest.raises(ValueError, match="base_model.logit_scale would learn"):
+            trainer.train()
+    finally:
+        base.logit_scale.requires_grad_(False)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_trackers_take_the_configuration(base, processor, tmp_path, tracker, monkeypatch):
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trained(make_model(base, processor), tmp_path, embedded(), max_steps=2, report_to=tracker)
+    assert list((tmp_path / "logs").rglob("events.*"))
+
+
+def test_the_configuration_as_trackers_ask_for_it(base, processor):
+    config = make_model(base, processor).config
+    config.use_cache = False  # transformers.Trainer sets it on any model's configuration
+    assert json.loads(config.to_json_string()) == config.to_dict()
 
 
 def test_bad_models_and_arguments(base, base_folder, processor, tmp_path):

@@ -76,3 +76,52 @@ def test_the_command_line(tmp_path):
     (args,) = HfArgumentParser(CoOpTrainingArguments).parse_args_into_dataclasses(line.split())
     assert (args.recipe, args.learning_rate, args.num_shots, args.num_views) == ("paper", 0.1, 4, 2)
     assert args.image_column == "img" and args.num_train_epochs is None
+
+
+PAPERS = {  # global batch, learning rate, epochs with 16 shots
+    ("coop", None): (32, 2e-3, 200),
+    ("cocoop", None): (1, 2e-3, 10),
+    ("vpt", None): (4, 2.5e-3, 5),
+    ("ivlp", None): (4, 3.5e-3, 5),
+    ("maple", None): (4, 3.5e-3, 5),
+    ("tcp", None): (32, 2e-3, 50),
+    ("coop", "kgcoop"): (128, 2e-3, 100),
+    ("coop", "prograd"): (32, 2e-3, 200),
+    ("ivlp", "promptsrc"): (4, 2.5e-3, 20),
+    ("maple", "kgcoop"): (4, 3.5e-3, 5),
+}
+
+
+@pytest.mark.parametrize("method, objective", PAPERS)
+def test_the_official_recipe_of_each_method(tmp_path, method, objective):
+    args = CoOpTrainingArguments(str(tmp_path), recipe="paper", objective=objective)
+    args.complete(320, 16, 20, 0.02, method)
+    found = (args.per_device_train_batch_size, args.learning_rate, args.num_train_epochs)
+    assert found == PAPERS[method, objective]
+    assert args.weight_decay == 5e-4 and args.steps_by_epoch
+    assert args.objective == (objective or {"tcp": "kgcoop"}.get(method, "cross_entropy"))
+    average = (15.0, 1.0) if objective == "promptsrc" else (None, None)
+    assert (args.average_mean, args.average_std) == average
+    if method == "tcp":
+        assert args.is_adam_l2 and args.adam_epsilon == 1e-3 and args.optim_args is None
+    else:
+        assert (args.optim, args.optim_args, args.adam_epsilon) == ("sgd", "momentum=0.9", 1e-8)
+        assert not args.is_adam_l2
+
+
+def test_every_value_of_a_methods_recipe_can_be_overridden(tmp_path):
+    given = {"learning_rate": 0.5, "num_train_epochs": 3, "per_device_train_batch_size": 7, "adam_epsilon": 1e-6}
+    given |= {"weight_decay": 0.0, "objective": "cross_entropy", "optim": "sgd", "optim_args": "momentum=0.5"}
+    given |= {"average_mean": 2.0, "average_std": 3.0}
+    for method in ("tcp", "ivlp"):
+        args = CoOpTrainingArguments(str(tmp_path), recipe="paper", **given)
+        args.complete(320, 16, 20, 0.02, method)
+        assert {name: getattr(args, name) for name in given} == given and not args.is_adam_l2
+
+
+def test_what_is_set_on_the_arguments_later_stays(tmp_path):
+    args = CoOpTrainingArguments(str(tmp_path), recipe="paper")
+    args.learning_rate, args.optim = 0.25, "adamw_torch"
+    args.complete(320, 16, 20, 0.02, "tcp")
+    assert (args.learning_rate, args.optim, args.num_train_epochs) == (0.25, "adamw_torch", 50)
+    assert not args.is_adam_l2

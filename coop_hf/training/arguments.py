@@ -1,11 +1,17 @@
-"""`CoOpTrainingArguments`: transformers' `TrainingArguments` with the defaults that a context needs."""
+"""`CoOpTrainingArguments`: transformers' `TrainingArguments` with recipes for each method and objective."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .objectives import get_objective
 
 
-__all__ = ["CoOpTrainingArguments", "PAPER_WARMUP_LR", "RECIPES", "paper_epochs"]
+__all__ = ["CoOpTrainingArguments", "PAPER_RECIPES", "PAPER_WARMUP_LR", "RECIPES", "get_recipe", "paper_epochs"]
 
 # What a recipe sets where the user has set nothing.
 RECIPES = {
@@ -15,16 +21,38 @@ RECIPES = {
         "learning_rate": 2e-3,
         "weight_decay": 5e-4,
         "batch_size": 32,
+        "num_train_epochs": None,  # by number of shots
     },
     "fast": {
         "optim": "adamw_torch",
-        "optim_args": None,
         "learning_rate": None,  # FAST_LEARNING_RATE times the size of a token embedding
         "weight_decay": 0.0,
         "batch_size": 16384,
         "max_steps": 200,
     },
 }
+
+# What the official code of a method, or of a method with an objective, has other than CoOp's.
+PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
+    "cocoop": {"batch_size": 1, "num_train_epochs": 10},
+    "deep_text": {"batch_size": 4, "learning_rate": 2.5e-3, "num_train_epochs": 5},
+    "vpt": {"batch_size": 4, "learning_rate": 2.5e-3, "num_train_epochs": 5},
+    "ivlp": {"batch_size": 4, "learning_rate": 3.5e-3, "num_train_epochs": 5},
+    "maple": {"batch_size": 4, "learning_rate": 3.5e-3, "num_train_epochs": 5},
+    # Adam, whose weight decay is a part of the gradient: transformers has no name for it.
+    "tcp": {"optim": "adamw_torch", "is_adam_l2": True, "adam_epsilon": 1e-3, "num_train_epochs": 50},
+    ("coop", "kgcoop"): {"batch_size": 128, "num_train_epochs": 100},
+    ("ivlp", "promptsrc"): {
+        "learning_rate": 2.5e-3,
+        "num_train_epochs": 20,
+        "average_mean": 15.0,
+        "average_std": 1.0,
+    },
+}
+
+# Methods whose own loss is not cross-entropy.
+METHOD_OBJECTIVES = {"tcp": "kgcoop"}
+
 # Adam moves every value by about the learning rate, whatever the gradient's size: what is right depends on how large
 # the values are that the context stands beside. In units of the token embeddings' root mean square; on the validation
 # part of the emoji, accuracy is the same from 0.3 to 1.
@@ -38,6 +66,25 @@ def paper_epochs(num_shots: int, num_classes: int) -> int:
     if num_classes >= 1000 or num_shots <= 1:
         return 50
     return 100 if num_shots <= 4 else 200
+
+
+def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
+    """The values of a recipe for a method and an objective.
+
+    Args:
+        recipe (`str`): `"paper"` or `"fast"`.
+        method (`str`, *optional*, defaults to `"coop"`): the adapter's method.
+        objective (`str` or `Callable`, *optional*, defaults to `"cross_entropy"`): the objective.
+
+    Returns:
+        `dict`: names of arguments and their values; `batch_size` is the global batch.
+    """
+    values = dict(RECIPES[recipe])
+    if recipe == "paper":
+        values |= PAPER_RECIPES.get(method, {})
+        values |= PAPER_RECIPES.get((method, objective), {}) if isinstance(objective, str) else {}
+        values["optim_args"] = "momentum=0.9" if values["optim"] == "sgd" else None
+    return values
 
 
 @dataclass
@@ -54,6 +101,17 @@ class CoOpTrainingArguments(TrainingArguments):
             that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views.
             `"fast"`: the same loss, all images at every step, Adam with a cosine over 200 steps from a learning rate
             of 0.6 times the root mean square of the token embeddings, on cached embeddings of the plain views.
+            With another method or objective than CoOp's, `"paper"` is the official recipe of that one
+            (`PAPER_RECIPES`).
+        objective (`str` or `Callable`, *optional*, defaults to the method's own):
+            What is lowered: `"cross_entropy"`, `"kgcoop"`, `"prograd"`, `"promptsrc"`, `"sigmoid"`, or a function
+            `(output, labels, frozen, **kwargs) -> loss`; see `coop_hf.training.objectives`. `eval_loss` is always
+            cross-entropy, or with `"sigmoid"` that, so that trainings compare.
+        objective_kwargs (`dict` or JSON `str`, *optional*):
+            Its keyword arguments, such as `{"weight": 4.0}`.
+        average_mean, average_std (`float`, *optional*):
+            At the end the weights become their mean over the ends of epochs 1, 2 ..., weighted by a Gaussian of this
+            mean and standard deviation, in epochs, as in PromptSRC.
         num_shots (`int`, *optional*, defaults to the largest class of the training set):
             Shots that the paper's number of epochs goes by.
         cache_features (`bool`, *optional*, defaults to `True`):
@@ -76,6 +134,15 @@ class CoOpTrainingArguments(TrainingArguments):
     """
 
     recipe: str = field(default="fast", metadata={"help": "'paper' or 'fast'; sets what is not set otherwise."})
+    objective: str | None = field(
+        default=None,
+        metadata={"help": "cross_entropy, kgcoop, prograd, promptsrc or sigmoid. Defaults to the method's own."},
+    )
+    objective_kwargs: dict | str | None = field(default=None, metadata={"help": "Its keyword arguments, as JSON."})
+    average_mean: float | None = field(
+        default=None, metadata={"help": "Average the weights over epochs around this one, by a Gaussian."}
+    )
+    average_std: float | None = field(default=None, metadata={"help": "The Gaussian's standard deviation, in epochs."})
     num_shots: int | None = field(default=None, metadata={"help": "Shots that the paper's number of epochs goes by."})
     cache_features: bool = field(default=True, metadata={"help": "Compute image embeddings once and keep them."})
     num_views: int | None = field(
@@ -99,6 +166,7 @@ class CoOpTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Defaults to the recipe's batch, divided by the number of processes."}
     )
     optim: str | None = field(default=None, metadata={"help": "Defaults to the recipe's."})
+    adam_epsilon: float | None = field(default=None, metadata={"help": "Defaults to the recipe's, else 1e-8."})
     weight_decay: float | None = field(default=None, metadata={"help": "Defaults to the recipe's."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Defaults to the recipe's cosine."})
 
@@ -123,12 +191,22 @@ class CoOpTrainingArguments(TrainingArguments):
             )
         if self.augment is not None and self.cache_features:
             raise ValueError("`augment` is for cache_features=False; with cached embeddings set `num_views`.")
-        recipe = RECIPES[self.recipe]
-        if self.optim is None and self.optim_args is None:
-            self.optim_args = recipe["optim_args"]
-        for name in ("optim", "learning_rate", "weight_decay"):
-            if getattr(self, name) is None:
-                setattr(self, name, recipe[name])
+        if self.objective_kwargs is not None and isinstance(self.objective_kwargs, str):
+            self.objective_kwargs = json.loads(self.objective_kwargs)
+        if self.objective is not None:
+            self.get_objective()  # a wrong name or keyword is told now
+        if (self.average_mean is None) != (self.average_std is None) or (self.average_std or 1) <= 0:
+            raise ValueError(
+                "`average_mean` and `average_std` describe one Gaussian: set both, the second above 0, or neither; "
+                f"got {self.average_mean!r} and {self.average_std!r}."
+            )
+        # What is not set follows from the method, which only the trainer knows.
+        names = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs")
+        names += ("objective", "average_mean", "average_std")
+        self._taken = {name: None for name in names if getattr(self, name) is None}
+        if self.optim is not None:
+            self._taken.pop("optim_args", None)  # SGD's momentum is not handed to another optimizer
+        self._take_recipe("coop")
         # The paper's schedule moves once an epoch, which no scheduler of transformers does.
         self.steps_by_epoch = self.lr_scheduler_type is None and self.recipe == "paper"
         if self.lr_scheduler_type is None:
@@ -137,18 +215,63 @@ class CoOpTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin memory for
 
-    def complete(self, num_images: int, num_shots: int, num_classes: int, embedding_size: float) -> None:
-        """Fills in what depends on the training set and the base: batch size, number of epochs, learning rate.
+    def _take_recipe(self, method: str) -> dict:
+        """Sets what the user has not, by the recipe of a method; returns the recipe."""
+        own = METHOD_OBJECTIVES.get(method, "cross_entropy")
+        objective = own if "objective" in self._taken else self.objective
+        recipe = get_recipe(self.recipe, method, objective)
+        values = {"adam_epsilon": 1e-8, **recipe, "objective": objective}
+        for name, taken in self._taken.items():
+            if getattr(self, name) == taken:  # else somebody has set it since
+                self._taken[name] = values.get(name)
+                setattr(self, name, self._taken[name])
+        self.is_adam_l2 = recipe.get("is_adam_l2", False) and self.optim == self._taken.get("optim")
+        return recipe
+
+    def get_objective(self) -> Callable:
+        """The objective with its keyword arguments and the label smoothing."""
+        kwargs = dict(self.objective_kwargs or {})
+        if self.label_smoothing_factor:
+            kwargs["label_smoothing"] = self.label_smoothing_factor
+        return get_objective(self.objective, **kwargs)
+
+    def to_dict(self) -> dict:
+        """As of `TrainingArguments`; an objective that is a function by its name."""
+        values = super().to_dict()
+        if callable(values["objective"]):
+            values["objective"] = getattr(values["objective"], "__qualname__", repr(values["objective"]))
+        return values
+
+    def complete(
+        self,
+        num_images: int,
+        num_shots: int,
+        num_classes: int,
+        embedding_size: float,
+        method: str = "coop",
+        is_cached: bool | None = None,
+    ) -> None:
+        """Fills in what depends on the method, the training set and the base.
 
         Args:
             num_images (`int`), num_shots (`int`), num_classes (`int`): of the training set.
             embedding_size (`float`): root mean square of the base's token embeddings.
+            method (`str`, *optional*, defaults to `"coop"`): the adapter's method.
+            is_cached (`bool`, *optional*, defaults to `cache_features`): whether training takes cached embeddings.
         """
-        recipe = RECIPES[self.recipe]
+        recipe = self._take_recipe(method)
+        self.optim = OptimizerNames(self.optim)
+        if self.load_best_model_at_end and self.average_mean is not None:
+            raise ValueError(
+                "load_best_model_at_end takes one checkpoint, and `average_mean` a mean over epochs: leave one out."
+            )
         if self.learning_rate is None:
             self.learning_rate = FAST_LEARNING_RATE * embedding_size
         if self.per_device_train_batch_size is None:
-            batch_size = recipe["batch_size"] if self.cache_features else min(recipe["batch_size"], 32)
+            is_cached = self.cache_features if is_cached is None else is_cached
+            batch_size = recipe["batch_size"]
+            if self.recipe == "fast" and not is_cached:
+                batch_size = min(batch_size, 32)  # images don't fit in memory as their embeddings do
             accumulated = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)
             self.per_device_train_batch_size = max(1, -(-min(batch_size, num_images) // accumulated))
         if self.num_train_epochs is None:
@@ -158,3 +281,28 @@ class CoOpTrainingArguments(TrainingArguments):
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
                     self.max_steps = recipe["max_steps"]
+
+    def describe(self, num_steps: int) -> dict:
+        """What a model card says of a training: `seed`, `hyperparameters` and `hardware`."""
+        optimizer = "adam with weight decay in the gradient" if self.is_adam_l2 else self.optim.value
+        values = {
+            "recipe": self.recipe,
+            "objective": self.to_dict()["objective"],
+            "optimizer": f"{optimizer}{f' ({self.optim_args})' if self.optim_args else ''}",
+            "learning rate": self.learning_rate,
+            "weight decay": self.weight_decay,
+            "images a step": self.train_batch_size * self.world_size * self.gradient_accumulation_steps,
+            "steps": num_steps,
+            "precision": "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32",
+            "processes": self.world_size,
+        }
+        if self.average_mean is not None:
+            values["weights"] = f"mean over epochs, Gaussian ({self.average_mean:g}, {self.average_std:g})"
+        return {"seed": self.seed, "hyperparameters": values, "hardware": _hardware(self.device)}
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (one of {torch.cuda.device_count()})"
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"

@@ -1,49 +1,38 @@
-"""`CoOpTrainer`: transformers' `Trainer`, with what differs for a learned context.
+"""`CoOpTrainer`: transformers' `Trainer`, with what differs for learned prompts.
 
-Overridden are only: data (images to embeddings, order of rows), the epoch-wise schedule of the paper, and files (an
-adapter and the state of its training instead of a model). The training loop is transformers' own.
+Overridden are only: data (images to embeddings, order of rows), the objective, the epoch-wise schedule of the paper,
+and files (an adapter and the state of its training instead of a model). The training loop is transformers' own.
 """
 
-import json
 import math
 import os
-import shutil
-import uuid
 
 import numpy as np
 import torch
 from accelerate.utils import align_module_device
-from huggingface_hub import CommitOperationAdd, HfApi
-from safetensors.torch import load_file
-from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from huggingface_hub import HfApi
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ..atomic import save_tensors
 from ..data.feature_cache import EmbeddedImages, embed_images
 from ..data.labelled_images import LabelledImages, collate
-from ..files.adapter_files import read_adapter, write_adapter
 from ..files.model_card import write_card
 from ..files.publish import push_to_hub
-from ..modeling import CoOpModel
+from ..modeling import CoOpModel, CoOpOutput
+from . import checkpoints
 from .arguments import PAPER_WARMUP_LR, CoOpTrainingArguments
+from .epochs import FROZEN_IMAGE_EMBEDS, EpochCallback, Epochs, GaussianAverage, epoch_cosine
 from .metrics import make_compute_metrics
+from .objectives import Frozen, cross_entropy, sigmoid
 
 
 __all__ = ["CoOpTrainer"]
 
 logger = logging.get_logger(__name__)
-
-TRAINING_STATE_JSON = "training_state.json"
-
-TRAINING_STATE_TENSORS = "training_state.safetensors"
-
-TRAINER_STATE = "trainer_state.json"
-
-_STAGING = ".saving-"
 
 
 class CoOpTrainer(Trainer):
@@ -70,7 +59,8 @@ class CoOpTrainer(Trainer):
 
     Raises:
         ValueError: at once, before any work: a missing column, a label outside the class list, a class without
-            images, an adapter that was loaded without `is_trainable=True`, a way of training that is not supported.
+            images, an adapter that was loaded without `is_trainable=True`, a parameter that would learn outside the
+            adapter, an objective or a way of training that is not supported.
     """
 
     def __init__(
@@ -89,11 +79,8 @@ class CoOpTrainer(Trainer):
             raise TypeError(f"`args` must be CoOpTrainingArguments, got {type(args).__name__}.")
         if args.fsdp or args.deepspeed:
             raise ValueError("FSDP and DeepSpeed shard weights, and a context is a few kilobytes: train without them.")
-        if train_dataset is not None and not model.context.requires_grad:
-            raise ValueError(
-                f"the adapter {model.active_adapter!r} was loaded for prediction: load it with is_trainable=True to "
-                "train it on."
-            )
+        if train_dataset is not None:
+            checkpoints.check_learned(model)
         if args.n_gpu > 1:
             logger.warning("One process uses one GPU. For all of them: torchrun --nproc_per_node %d ...", args.n_gpu)
             args._n_gpu = 1
@@ -108,30 +95,36 @@ class CoOpTrainer(Trainer):
         }
         self.about: dict = {}
         self._measured: dict = {}
-        self._embedded: dict[int, tuple[Dataset, EmbeddedImages]] = {}
+        self._embedded: dict[tuple, tuple[Dataset, EmbeddedImages]] = {}
+        self._frozen: dict = {}  # of the batch
+        self._kept: dict = {}  # for all batches
+        self.epochs: Epochs | None = None
+        self.average: GaussianAverage | None = None
+        # An adapter that changes the image tower needs the pixels at every step.
+        self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
+        method = model.config.method
+        size = _embedding_size(model)
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
             train_dataset = self._as_images(train_dataset, model, augment=augment)
-            labels = _labels_of(train_dataset)
-            counts = np.bincount(labels, minlength=len(model.class_names))
-            if (counts == 0).any():
-                empty = [repr(model.class_names[c]) for c in np.flatnonzero(counts == 0)]
-                raise ValueError(
-                    f"{len(empty)} of {len(counts)} classes have no image in the training set: "
-                    f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add images, or leave these "
-                    "classes out of the class names while training."
-                )
-            args.complete(len(train_dataset), int(counts.max()), len(counts), _embedding_size(model))
+            counts = _class_counts(train_dataset, model.class_names)
+            args.complete(len(train_dataset), int(counts.max()), len(counts), size, method, self._is_cached)
+            _check_objective(args, self._is_cached)
         elif args.per_device_train_batch_size is None:
-            args.complete(1, 1, 1, _embedding_size(model))
+            args.complete(1, 1, 1, size, method)
+        self.objective = args.get_objective()
         if isinstance(eval_dataset, dict) and not hasattr(eval_dataset, "set_epoch"):
             eval_dataset = {name: self._as_images(part, model) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._as_images(eval_dataset, model)
         if model.class_names is None:
             raise ValueError("the model has no class names: pass `class_names=` when it is made.")
-        kwargs.setdefault("data_collator", collate)
+        kwargs.setdefault("data_collator", _collate)
         kwargs.setdefault("compute_loss_func", self._mean_loss)
+        if args.is_adam_l2:
+            betas = (args.adam_beta1, args.adam_beta2)
+            options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+            kwargs.setdefault("optimizer_cls_and_kwargs", (torch.optim.Adam, options))
         super().__init__(
             model=model,
             args=args,
@@ -141,13 +134,19 @@ class CoOpTrainer(Trainer):
             **kwargs,
         )
         model.text_parallel = args.world_size > 1 and model.text_pass == "shared"
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(EpochCallback(self))
 
     # ------------------------------------------------------------------ data
 
     def _as_images(self, dataset, model: CoOpModel, augment: bool = False):
         """`LabelledImages` of a `datasets.Dataset`, checked; any other data set as it is."""
         if not hasattr(dataset, "column_names"):
+            images = isinstance(dataset, LabelledImages) or not model.adapter.prompts_image_tower
+            if not images and "image_embeds" in dataset[0]:
+                raise ValueError(
+                    f"{type(dataset).__name__} holds image embeddings, and the adapter {model.active_adapter!r} "
+                    "changes the image tower that makes them: pass the images themselves."
+                )
             return dataset
         images = LabelledImages(
             dataset, model.image_processor, class_names=model.class_names, augment=augment, **self._image_options
@@ -158,51 +157,54 @@ class CoOpTrainer(Trainer):
 
     def _as_embeddings(self, dataset, num_views: int | None):
         """Embeddings of images, computed once, if `args` ask for that; any other data set as it is."""
-        if not isinstance(dataset, LabelledImages) or not self.args.cache_features:
+        if not isinstance(dataset, LabelledImages) or not self._is_cached:
             return dataset
-        if id(dataset) not in self._embedded:
+        key = (id(dataset), num_views or None)
+        if key not in self._embedded:
             logger.info("Image embeddings are computed once and cached (cache_features=True).")
-            with torch.no_grad(), self.accelerator.autocast():
-                embeddings = embed_images(
-                    self.model,
-                    dataset,
-                    num_views or None,
-                    cache_dir=self.args.feature_cache_dir,
-                    batch_size=self.args.per_device_eval_batch_size,
-                    num_workers=self.args.dataloader_num_workers,
-                    process_index=self.args.process_index,
-                    num_processes=self.args.world_size,
-                    barrier=self.accelerator.wait_for_everyone,
-                    progress=not self.args.disable_tqdm and self.is_local_process_zero(),
-                )
-            self._embedded[id(dataset)] = (dataset, EmbeddedImages(embeddings, dataset.labels))
-        return self._embedded[id(dataset)][1]
+            self._embedded[key] = (dataset, EmbeddedImages(self._embed(dataset, num_views), dataset.labels))
+        return self._embedded[key][1]
+
+    def _embed(self, dataset: LabelledImages, num_views: int | None) -> torch.Tensor:
+        """What the frozen image tower gives: `(num_views or 1, len(dataset), projection_dim)`."""
+        with torch.no_grad(), self.accelerator.autocast(), self.model.disable_adapter():
+            return embed_images(
+                self.model,
+                dataset,
+                num_views or None,
+                cache_dir=self.args.feature_cache_dir,
+                batch_size=self.args.per_device_eval_batch_size,
+                num_workers=self.args.dataloader_num_workers,
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+                barrier=self.accelerator.wait_for_everyone,
+                progress=not self.args.disable_tqdm and self.is_local_process_zero(),
+            )
 
     def get_train_dataloader(self):
         """The training batches. An incomplete last batch of an epoch is left out, as in the paper's code."""
         args = self.args
+        num_images, group = len(self.train_dataset), args.world_size * args.gradient_accumulation_steps
+        if num_images < self._train_batch_size * group:
+            # Less than one global batch: all processes share what there is, and padding makes the shares equal.
+            args.per_device_train_batch_size = -(-num_images // group)
+            self._train_batch_size = args.train_batch_size
+        batch_size = self._train_batch_size * group
+        self.steps_per_epoch = max(1, num_images // batch_size)
+        self.num_epochs = math.ceil(args.num_train_epochs)
+        if args.max_steps > 0:
+            self.num_epochs = math.ceil(args.max_steps / self.steps_per_epoch)
         num_views = args.num_views
         if num_views is None:
-            num_views = math.ceil(args.num_train_epochs) if args.recipe == "paper" else 0
-        dataset = self._as_embeddings(self.train_dataset, num_views)
-        group = args.world_size * args.gradient_accumulation_steps
-        if len(dataset) < args.per_device_train_batch_size * group:
-            # Less than one global batch: all processes share what there is, and padding makes the shares equal.
-            args.per_device_train_batch_size = -(-len(dataset) // group)
-            self._train_batch_size = args.train_batch_size
-            dataset = _Padded(dataset, args.per_device_train_batch_size * group)
-        self._epoch_dataset = dataset
-        whole, drop_last = self.train_dataset, args.dataloader_drop_last
-        self.train_dataset, args.dataloader_drop_last = dataset, True
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset, args.dataloader_drop_last = whole, drop_last
-
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        self._sampler = _EpochShuffle(len(dataset), self._image_options["seed"])
-        return self._sampler
+            num_views = self.num_epochs if args.recipe == "paper" else 0
+        dataset, frozen = self._as_embeddings(self.train_dataset, num_views), None
+        if isinstance(dataset, LabelledImages):
+            logger.info("Training takes the images themselves, through the image tower at every step.")
+            asks = getattr(self.objective, "needs_frozen_images", False) and args.cache_features
+            if asks and self.model.adapter.prompts_image_tower:
+                frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
+        self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen)
+        return self._get_dataloader(self.epochs, "Training", self._train_batch_size, SequentialSampler, True)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """The evaluation batches, of plain views."""
@@ -217,10 +219,13 @@ class CoOpTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As `transformers.Trainer.train`."""
-        if self.args.should_save and os.path.isdir(self.args.output_dir):
-            for name in os.listdir(self.args.output_dir):
-                if name.startswith(_STAGING):  # left by a process that was killed while it saved
-                    shutil.rmtree(os.path.join(self.args.output_dir, name), ignore_errors=True)
+        checkpoints.check_learned(self.model)
+        self._kept.clear()
+        if self.args.should_save:
+            checkpoints.sweep(self.args.output_dir)
+        if self.args.average_mean is not None:
+            learned = self.model.learned_parameters()
+            self.average = GaussianAverage(learned, self.args.average_mean, self.args.average_std)
         if self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False):
             # An evaluation before the training prepared the model for evaluation, and accelerate would not prepare it
             # again: each process would go its own way.
@@ -232,16 +237,43 @@ class CoOpTrainer(Trainer):
 
     # ------------------------------------------------------------------ loss and schedule
 
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """As of `transformers.Trainer`, with the objective of the arguments."""
+        self._frozen = {
+            "image_embeds": inputs.pop(FROZEN_IMAGE_EMBEDS, None),
+            "images": {name: value for name, value in inputs.items() if name != "labels"},
+        }
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def _mean_loss(self, outputs, labels, num_items_in_batch=None):
-        """Cross-entropy, averaged over the images of the global batch: all processes, all accumulation steps."""
-        smoothing = self.args.label_smoothing_factor
-        total = F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=smoothing)
-        return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
+        """The objective, averaged over the images of the global batch: all processes, all accumulation steps."""
+        count = labels.ne(-100).sum()
+        share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
+        if not self.model.training:
+            return self._eval_loss(outputs, labels) * share
+        kept = {"share": share * self.args.world_size, "kept": self._kept}
+        frozen = Frozen(self.model, outputs, **self._frozen, **kept)
+        return self.objective(outputs, labels, frozen) * share
+
+    def _eval_loss(self, outputs, labels):
+        if self.args.objective == "sigmoid":
+            return sigmoid(outputs, labels)
+        return cross_entropy(outputs, labels, label_smoothing=self.args.label_smoothing_factor)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As of `transformers.Trainer`; the loss is the mean over the images, each counted once."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        whole = isinstance(output.predictions, np.ndarray) and isinstance(output.label_ids, np.ndarray)
+        if whole and self.preprocess_logits_for_metrics is None:
+            outputs = CoOpOutput(logits=torch.from_numpy(output.predictions))
+            loss = self._eval_loss(outputs, torch.from_numpy(output.label_ids))
+            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            saved = _last_checkpoint(self.args.output_dir)
+            saved = checkpoints.last_checkpoint(self.args.output_dir)
             raise FloatingPointError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: training is stopped. "
                 + (f"The last checkpoint, {saved}, is good. " if saved else "")
@@ -250,49 +282,32 @@ class CoOpTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # Only the context has a gradient: there is no need to walk through the base at every step.
+        # Only what is learned has a gradient: there is no need to walk through the base at every step.
         if grad_norm is None and getattr(self.accelerator, "scaler", None) is None:
-            return self.model.context.grad.norm()
+            learned = self.model.learned_parameters().values()
+            return torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         return super()._get_grad_norm(model, grad_norm)
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """Weight decay applies to the context, whatever its adapter is called."""
+        """Weight decay applies to all that learns, whatever its name."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None and self.args.steps_by_epoch:
-            epochs = max(1, math.ceil(self.args.num_train_epochs))
-            if self.args.max_steps > 0:
-                steps_per_epoch = max(1, len(self._epoch_dataset) // self.args.train_batch_size // self._group())
-                epochs = math.ceil(self.args.max_steps / steps_per_epoch)
-            steps_per_epoch = max(1, round(num_training_steps / epochs))
             warmup = PAPER_WARMUP_LR / self.args.learning_rate if self.args.learning_rate else 0.0
-
-            def factor(step):
-                epoch = min(step // steps_per_epoch, epochs - 1)
-                return warmup if epoch == 0 else 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-
+            factor = epoch_cosine(self.steps_per_epoch, self.num_epochs, warmup)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _group(self) -> int:
-        return self.args.world_size * self.args.gradient_accumulation_steps
-
     # ------------------------------------------------------------------ files
-
-    @property
-    def _subfolder(self) -> str | None:
-        """Where `save_pretrained` puts the active adapter."""
-        return None if self.model.active_adapter == "default" else self.model.active_adapter
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """The active adapter and the arguments; nothing pickled, and never the base."""
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        folder = os.path.join(output_dir, self._subfolder or "")
-        write_adapter(folder, self.model.config, self.model.adapter.learned_state())
+        checkpoints.save_adapter_state(output_dir, self.model)
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
 
@@ -316,25 +331,9 @@ class CoOpTrainer(Trainer):
 
     def summary(self) -> dict:
         """What is known about the training, as a model card tells it; see `coop_hf.files.model_card.make_card`."""
-        args = self.args
-        summary = {
-            "seed": args.seed,
-            "hyperparameters": {
-                "recipe": args.recipe,
-                "optimizer": f"{args.optim.value}{f' ({args.optim_args})' if args.optim_args else ''}",
-                "learning rate": args.learning_rate,
-                "weight decay": args.weight_decay,
-                "images a step": args.train_batch_size * self._group(),
-                "steps": self.state.global_step,
-                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-                "processes": args.world_size,
-            },
-            "hardware": _hardware(args.device),
-            **self._measured,
-            **self.about,
-        }
+        summary = {**self.args.describe(self.state.global_step), **self._measured, **self.about}
         if self.train_dataset is not None:
-            counts = np.bincount(_labels_of(self.train_dataset), minlength=len(self.model.class_names))
+            counts = _class_counts(self.train_dataset, self.model.class_names, strict=False)
             summary["num_train"] = len(self.train_dataset)
             if counts.min() == counts.max():
                 summary["shots"] = int(counts.max())
@@ -363,114 +362,44 @@ class CoOpTrainer(Trainer):
                 best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
                 if os.path.isdir(best) or best == final:
                     self.state.best_model_checkpoint = best
-            staging = os.path.join(run_dir, f"{_STAGING}{uuid.uuid4().hex}")
-            try:
+            with checkpoints.whole_folder(final) as staging:
                 self._save(staging)
                 if not self.args.save_only_model:
                     self._save_training_state(staging)
                 for callback in [*self.callback_handler.callbacks, self.control]:
-                    if hasattr(callback, "state") and type(callback).__name__ in self.state.stateful_callbacks:
+                    if isinstance(callback, ExportableState):
                         self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-                self.state.save_to_json(os.path.join(staging, TRAINER_STATE))
-                _sync_folder(staging)
-                if os.path.isdir(final):  # left by an earlier run
-                    _remove_checkpoint(final)
-                os.replace(staging, final)
-            except OSError as error:
-                saved = _last_checkpoint(run_dir)
-                raise OSError(
-                    f"the checkpoint {final} could not be written ({error}). "
-                    + (f"The last whole one is {saved}; " if saved else "There is none before it; ")
-                    + "free space or choose another `output_dir`, and resume from it."
-                ) from error
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-            self._rotate(run_dir)
+                self.state.save_to_json(os.path.join(staging, checkpoints.TRAINER_STATE))
+            checkpoints.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 
-    def _rotate(self, run_dir: str) -> None:
-        """Removes the oldest checkpoints beyond `save_total_limit`; the best and the newest stay."""
-        limit = self.args.save_total_limit
-        if not limit or limit < 1:
-            return
-        checkpoints = _checkpoints(run_dir)
-        best = self.state.best_model_checkpoint
-        kept = {checkpoints[-1], *([best] if best else [])}
-        removable = [path for path in checkpoints if path not in kept]
-        for path in removable[: max(0, len(checkpoints) - max(limit, len(kept)))]:
-            _remove_checkpoint(path)
+    def _others(self) -> dict:
+        """What has a state beside optimizer and scheduler."""
+        others = {"scaler": getattr(self.accelerator, "scaler", None), "average": self.average}
+        return {name: other for name, other in others.items() if other is not None}
 
     def _save_training_state(self, folder: str) -> None:
-        """Optimizer, scheduler and gradient scaler: numbers as JSON, tensors as safetensors."""
-        tensors = {}
-        optimizer = self.optimizer.state_dict()
-        for index, state in optimizer["state"].items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
-        numbers = {
-            "optimizer": {
-                "state": {
-                    str(index): {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
-                    for index, state in optimizer["state"].items()
-                },
-                "param_groups": optimizer["param_groups"],
-            },
-            "scheduler": self.lr_scheduler.state_dict(),
-        }
-        if getattr(self.accelerator, "scaler", None) is not None:
-            numbers["scaler"] = self.accelerator.scaler.state_dict()
-        save_tensors(tensors, os.path.join(folder, TRAINING_STATE_TENSORS))
-        with open(os.path.join(folder, TRAINING_STATE_JSON), "w", encoding="utf-8") as file:
-            json.dump(numbers, file, default=float, indent=1)
+        states = {name: other.state_dict() for name, other in self._others().items()}
+        learned = self.model.learned_parameters()
+        checkpoints.save_training_state(folder, learned, self.optimizer, self.lr_scheduler, **states)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not os.path.isfile(os.path.join(checkpoint, TRAINING_STATE_JSON)):
-            return
-        with open(os.path.join(checkpoint, TRAINING_STATE_JSON), encoding="utf-8") as file:
-            numbers = json.load(file)
-        state = {int(index): values for index, values in numbers["optimizer"]["state"].items()}
-        for name, tensor in load_file(os.path.join(checkpoint, TRAINING_STATE_TENSORS)).items():
-            index, key = name.split(".", 1)
-            state[int(index)][key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": numbers["optimizer"]["param_groups"]})
-        self.lr_scheduler.load_state_dict(numbers["scheduler"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        path = os.path.join(checkpoint or "", TRAINING_STATE_JSON)
-        if checkpoint is None or getattr(self.accelerator, "scaler", None) is None or not os.path.isfile(path):
-            return
-        with open(path, encoding="utf-8") as file:
-            scaler = json.load(file).get("scaler")
-        if scaler:
-            self.accelerator.scaler.load_state_dict(scaler)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to restore: order and views are functions of seed, epoch and row, and a step draws no number."""
+        if checkpoint is not None:
+            learned = self.model.learned_parameters()
+            states = checkpoints.load_training_state(checkpoint, learned, self.optimizer, self.lr_scheduler)
+            for name, other in self._others().items():
+                if states.get(name):
+                    other.load_state_dict(states[name])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        config, tensors = read_adapter(resume_from_checkpoint, subfolder=self._subfolder)
-        own = self.model.config
-        for name in ("n_ctx", "class_token_position", "class_specific", "class_names"):
-            if getattr(config, name) != getattr(own, name):
-                raise ValueError(
-                    f"the checkpoint {resume_from_checkpoint} was made with {name}={_short(getattr(config, name))}, "
-                    f"and the model has {name}={_short(getattr(own, name))}: resume with the same configuration."
-                )
-        context = tensors["prompt_embeddings"]
-        if context.shape != self.model.context.shape:
-            raise ValueError(
-                f"the context in {resume_from_checkpoint} has the shape {tuple(context.shape)}, and the model's has "
-                f"{tuple(self.model.context.shape)}: resume with the same base model."
-            )
-        with torch.no_grad():
-            self.model.context.copy_(context)
+        checkpoints.read_checkpoint(resume_from_checkpoint)
+        checkpoints.load_adapter_state(resume_from_checkpoint, self.model)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best context, %s.", self.state.best_model_checkpoint)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        logger.info("Loading the best adapter, %s.", self.state.best_model_checkpoint)
+        checkpoints.load_adapter_state(self.state.best_model_checkpoint, self.model)
 
     # ------------------------------------------------------------------ the Hub
 
@@ -528,97 +457,20 @@ class CoOpTrainer(Trainer):
             if not self.push_in_progress.is_done():
                 return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        files = {}
-        for folder, _, names in os.walk(checkpoint_folder):  # read now: the checkpoint may be gone before it is sent
-            for name in names:
-                with open(os.path.join(folder, name), "rb") as file:
-                    files[os.path.relpath(os.path.join(folder, name), checkpoint_folder)] = file.read()
-        operations = [
-            CommitOperationAdd(path.replace(os.sep, "/"), content)
-            for path, content in files.items()
-            if os.path.basename(path).startswith("adapter_")
-        ]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(checkpoint_folder)
-            operations += [
-                CommitOperationAdd(f"{place}/{path.replace(os.sep, '/')}", content) for path, content in files.items()
-            ]
-        api = HfApi(token=self.args.hub_token)
-
-        def push():
-            try:
-                return api.create_commit(
-                    self.hub_model_id,
-                    operations,
-                    commit_message=f"Training in progress, {os.path.basename(checkpoint_folder)}",
-                    revision=self.args.hub_revision,
-                )
-            except Exception as error:
-                logger.warning("%s was not pushed (%s); it is whole on this machine.", checkpoint_folder, error)
-
-        job = api.run_as_future(push)
+        job = checkpoints.push(
+            checkpoint_folder, strategy, self.hub_model_id, self.args.hub_token, self.args.hub_revision
+        )
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress([job])
         else:
             self.push_in_progress.jobs.append(job)
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells data set and sampler which epoch begins; accelerate's loaders don't always do."""
-
-    def __init__(self, trainer: CoOpTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch = int((state.epoch or 0.0) + 1e-6)  # in the middle of an epoch after a resume
-        self.trainer._sampler.set_epoch(epoch)
-        if hasattr(self.trainer._epoch_dataset, "set_epoch"):
-            self.trainer._epoch_dataset.set_epoch(epoch)
-
-
-class _EpochShuffle(Sampler):
-    """A new order in each epoch, a function of seed and epoch alone; the same in every process."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self._epoch = size, seed, 0
-
-    # Not `set_epoch`-driven by loaders: those count iterations, and would be wrong after a resume.
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self):
-        return iter(np.random.default_rng([self.seed, self._epoch]).permutation(self.size).tolist())
-
-
-class _Padded(Dataset):
-    """A data set made longer by rows that count for nothing (label -100)."""
-
-    def __init__(self, dataset, size: int):
-        self.dataset, self.size = dataset, size
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index):
-        item = dict(self.dataset[index % len(self.dataset)])
-        if index >= len(self.dataset):
-            item["labels"] = -100
-        return item
-
-    def __getitems__(self, indices):
-        if not hasattr(self.dataset, "__getitems__"):
-            return [self[index] for index in indices]
-        indices = torch.as_tensor(indices)
-        batch = dict(self.dataset.__getitems__((indices % len(self.dataset)).tolist()))
-        batch["labels"] = batch["labels"].masked_fill(indices >= len(self.dataset), -100)
-        return batch
+def _collate(examples):
+    batch = collate(examples)
+    if not isinstance(examples, dict) and FROZEN_IMAGE_EMBEDS in examples[0]:
+        batch[FROZEN_IMAGE_EMBEDS] = torch.stack([example[FROZEN_IMAGE_EMBEDS] for example in examples])
+    return batch
 
 
 def _embedding_size(model: CoOpModel) -> float:
@@ -628,47 +480,33 @@ def _embedding_size(model: CoOpModel) -> float:
         return embedding.weight.float().pow(2).mean().sqrt().item()
 
 
-def _labels_of(dataset) -> np.ndarray:
-    if hasattr(dataset, "labels"):
-        return np.asarray(dataset.labels)
-    return np.asarray([int(dataset[index]["labels"]) for index in range(len(dataset))])
+def _class_counts(dataset, class_names: list[str], strict: bool = True) -> np.ndarray:
+    """Images of each class, `(num_classes,)`; a class without any is refused."""
+    labels = np.asarray(
+        dataset.labels if hasattr(dataset, "labels") else [dataset[i]["labels"] for i in range(len(dataset))]
+    )
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+    if strict and (counts == 0).any():
+        empty = [repr(class_names[c]) for c in np.flatnonzero(counts == 0)]
+        raise ValueError(
+            f"{len(empty)} of {len(counts)} classes have no image in the training set: "
+            f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add images, or leave these classes out of "
+            "the class names while training."
+        )
+    return counts
 
 
-def _checkpoints(run_dir: str) -> list[str]:
-    """The checkpoints in a folder, oldest first."""
-    found = []
-    for name in os.listdir(run_dir) if os.path.isdir(run_dir) else []:
-        prefix, _, step = name.rpartition("-")
-        if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit():
-            found.append((int(step), os.path.join(run_dir, name)))
-    return [path for _, path in sorted(found)]
-
-
-def _last_checkpoint(run_dir: str) -> str | None:
-    return next(reversed(_checkpoints(run_dir)), None)
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (one of {torch.cuda.device_count()})"
-    threads = torch.get_num_threads()
-    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _remove_checkpoint(path: str) -> None:
-    """Removes a checkpoint; first out of its place, so that a half removed one never stands there."""
-    hidden = os.path.join(os.path.dirname(path), f"{_STAGING}{uuid.uuid4().hex}")
-    os.replace(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _sync_folder(folder: str) -> None:
-    """Makes sure that the files of a folder are on the disk before the folder is moved to its place."""
-    for name in os.listdir(folder):
-        with open(os.path.join(folder, name), "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
+def _check_objective(args: CoOpTrainingArguments, is_cached: bool) -> None:
+    """What an objective or an adapter cannot be trained with is told before work starts."""
+    objective = args.get_objective()
+    if getattr(objective, "needs_whole_batch", False):
+        if args.gradient_accumulation_steps > 1 or args.fp16:
+            raise ValueError(
+                f"the objective {args.objective!r} needs the gradient of the whole batch at once: leave out "
+                "gradient_accumulation_steps (text_chunk_size saves memory, too), and take bf16 or fp32, not fp16."
+            )
+    if args.cache_features and not is_cached and args.num_views is not None:
+        raise ValueError(
+            "`num_views` counts cached views, and this adapter changes the image tower, so that nothing is "
+            "cached: leave it out. Every epoch sees new views with the paper's recipe."
+        )

@@ -1,0 +1,144 @@
+"""What goes by epochs: order and views of the images, the paper's learning rate, the average of the weights."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+
+__all__ = ["EpochCallback", "Epochs", "GaussianAverage", "epoch_cosine"]
+
+FROZEN_IMAGE_EMBEDS = "frozen_image_embeds"
+
+
+class Epochs(Dataset):
+    """The rows of a data set in the order of an epoch, in whole global batches.
+
+    The order is a function of seed and epoch alone, the same in every process. An incomplete last batch of an epoch
+    is left out, as in the public code; with less than one batch, rows that count for nothing (label -100) fill it.
+
+    Args:
+        dataset (`Dataset`): the images or their embeddings.
+        batch_size (`int`): the global batch: of all processes and accumulation steps.
+        seed (`int`): seed of the order.
+        frozen (`torch.Tensor`, *optional*): `(num_views, len(dataset), projection_dim)`, what the frozen image tower
+            gives for view e mod num_views, handed out beside the pixels.
+    """
+
+    def __init__(self, dataset, batch_size: int, seed: int, frozen: torch.Tensor | None = None):
+        self.dataset, self.seed, self.frozen = dataset, seed, frozen
+        self.size = max(1, len(dataset) // batch_size) * batch_size
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are running see it, too
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    # Not named `set_epoch`: loaders would call it with the number of their iterations, which is wrong after a resume.
+    def begin(self, epoch: int) -> None:
+        """Chooses order and views."""
+        self._epoch.fill_(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]):
+        epoch, size = int(self._epoch), len(self.dataset)
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(size))
+        rows = [int(self._order[1][index % size]) for index in indices]
+        if hasattr(self.dataset, "__getitems__"):
+            batch = self.dataset.__getitems__(rows)
+        else:
+            batch = [dict(self.dataset[row]) for row in rows]
+        for place, (index, row) in enumerate(zip(indices, rows)):
+            if index >= size:
+                if isinstance(batch, dict):
+                    batch["labels"][place] = -100
+                else:
+                    batch[place]["labels"] = -100
+            if self.frozen is not None:
+                batch[place][FROZEN_IMAGE_EMBEDS] = self.frozen[epoch % len(self.frozen), row]
+        return batch
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the data which epoch begins, seeds each step, and averages the weights at the end of each epoch."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.epochs.begin(state.global_step // self.trainer.steps_per_epoch)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # What an adapter draws (dropout) is a function of seed, step and process, as everything else is.
+        torch.manual_seed((args.seed * 2**40 + state.global_step * 2**14 + args.process_index) % 2**63)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        average = self.trainer.average
+        if average is not None and state.global_step % self.trainer.steps_per_epoch == 0:
+            average.add(state.global_step // self.trainer.steps_per_epoch)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.average is not None:
+            self.trainer.average.use()
+
+
+class GaussianAverage:
+    """Mean of the learned weights over the ends of epochs i = 1, 2 ..., weighted by exp(-(i - mean)² / (2 std²)).
+
+    PromptSRC, https://arxiv.org/abs/2307.06948, section 3.3.
+
+    Args:
+        parameters (`dict[str, nn.Parameter]`): what learns, by name.
+        mean, std (`float`): of the Gaussian, in epochs.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], mean: float, std: float):
+        self.parameters, self.mean, self.std = parameters, mean, std
+        self.total = 0.0
+        self.averages: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, epoch: int) -> None:
+        """Takes up the weights at the end of an epoch, counted from 1."""
+        weight = math.exp(-0.5 * ((epoch - self.mean) / self.std) ** 2)
+        self.total += weight
+        share = weight / self.total if self.total else 1.0  # so far below the mean that nothing counts: the last
+        for name, parameter in self.parameters.items():
+            value = parameter.detach().double()
+            average = self.averages.get(name, value).to(value.device)
+            self.averages[name] = average + share * (value - average)
+
+    @torch.no_grad()
+    def use(self) -> None:
+        """Writes the mean into the parameters."""
+        for name, average in self.averages.items():
+            self.parameters[name].copy_(average)
+
+    def state_dict(self) -> dict:
+        """The sum of the weights and the averages so far, in float64."""
+        return {"total": self.total, **self.averages}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from `state_dict()`."""
+        self.averages = dict(state)
+        self.total = self.averages.pop("total")
+
+
+def epoch_cosine(steps_per_epoch: int, epochs: int, warmup: float) -> Callable[[int], float]:
+    """The public code's factor of the learning rate: `warmup` in the first epoch, then a cosine that moves once an
+    epoch."""
+
+    def factor(step: int) -> float:
+        epoch = min(step // steps_per_epoch, epochs - 1)
+        return warmup if epoch == 0 else 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+    return factor

@@ -1,0 +1,242 @@
+"""Objectives: what a training lowers. Functions `(output, labels, frozen, **weights) -> loss`, on any adapter.
+
+`output` is the `CoOpOutput` of the model that learns, `frozen` a [`Frozen`]: what the frozen model says of the same
+images and classes. A loss is the mean over the images of the batch; labels of -100 count for nothing.
+
+Notation: t_c the class embeddings, v the image embeddings, both normalised, p = softmax(logits); t⁰, v⁰, p⁰ the same
+of the frozen model with the hand-written template.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from ..baselines.zero_shot import IMAGENET_80_TEMPLATES
+from ..core.class_prompts import ClassPrompts
+from ..core.layout import fill_template, tokenize_texts
+
+
+__all__ = [
+    "OBJECTIVES",
+    "PROMPTSRC_TEMPLATES",
+    "Frozen",
+    "cross_entropy",
+    "get_objective",
+    "kgcoop",
+    "prograd",
+    "promptsrc",
+    "sigmoid",
+]
+
+# Of CLIP's 80, those that PromptSRC's public code averages.
+PROMPTSRC_TEMPLATES = tuple(IMAGENET_80_TEMPLATES[i] for i in (*range(29), *range(37, 63), 74, 75, 76, 78, 79))
+
+
+class Frozen:
+    """What the frozen model says of a batch. Each part is computed when it is asked for, without gradients.
+
+    Args:
+        model (`CoOpModel`): the model; its own class embeddings of templates are kept by it.
+        output (`CoOpOutput`): what the learning model said.
+        images (`dict`, *optional*): the inputs that the images came with, without labels.
+        image_embeds (`torch.Tensor`, *optional*): `(batch, projection_dim)`, if they are known.
+        share (`torch.Tensor` or `float`, *optional*, defaults to 1): weight of this batch in the mean over processes.
+        kept (`dict`, *optional*): what stays from step to step.
+
+    Attributes:
+        parameters (`list[nn.Parameter]`): what learns.
+    """
+
+    def __init__(self, model, output, images=None, image_embeds=None, share=1.0, kept=None):
+        self._model, self._output, self._images, self._image_embeds = model, output, images, image_embeds
+        self._share, self._kept = share, {} if kept is None else kept
+        self.parameters = list(model.learned_parameters().values())
+
+    @property
+    def text_embeds(self) -> torch.Tensor:
+        """`(num_classes, projection_dim)`: embeddings of the template prompts, normalised."""
+        return self._model.template_embeds().to(self._output.logits.device)
+
+    def ensemble_embeds(self, templates) -> torch.Tensor:
+        """`(num_classes, projection_dim)`: mean over templates of the features, normalised."""
+        if tuple(templates) not in self._kept:
+            self._kept[tuple(templates)] = _mean_template_embeds(self._model, templates)
+        return self._kept[tuple(templates)].to(self._output.logits.device)
+
+    @property
+    def image_embeds(self) -> torch.Tensor:
+        """`(batch, projection_dim)`: normalised. The learning model's own where its image tower is the frozen one."""
+        if self._image_embeds is None:
+            self._image_embeds = self._output.image_embeds
+            if self._model.adapter.prompts_image_tower:
+                with torch.no_grad(), self._model.disable_adapter():
+                    self._image_embeds = self._model.get_image_features(**self._images)
+        return F.normalize(self._image_embeds.detach().to(self._output.logits.device).float(), dim=-1)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`(batch, num_classes)`: scores of the images against the template prompts."""
+        return self.scores(self.text_embeds)
+
+    def scores(self, text_embeds: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_classes)`: scores of the images against class embeddings."""
+        family = self._model.family
+        with torch.autocast(text_embeds.device.type, enabled=False):
+            scores = self._model.logit_scale.to(text_embeds.device) * self.image_embeds @ text_embeds.T
+            return scores if family.logit_bias is None else scores + family.logit_bias.to(scores.device)
+
+    def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of the mean over processes of `loss` by each of `parameters`; all processes call it together."""
+        gradients = torch.autograd.grad(loss * self._share, self.parameters, retain_graph=True)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
+        return list(gradients)
+
+
+@torch.no_grad()
+def _mean_template_embeds(model, templates) -> torch.Tensor:
+    """Normalised means over templates of the class features, which are not normalised before."""
+    total = 0.0
+    for template in templates:
+        texts = fill_template(template, model.class_names)
+        layout = tokenize_texts(model.tokenizer, texts, model.family.max_positions)
+        total = total + ClassPrompts(model.family, layout).features(None, model.text_pass).float()
+    return F.normalize(total, dim=-1)
+
+
+def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the images that count, of losses `(batch,)`."""
+    counts = labels.ne(-100)
+    return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp_min(1)
+
+
+def cross_entropy(output, labels, frozen=None, label_smoothing: float = 0.0) -> torch.Tensor:
+    """-log p of the true class (CoOp, https://arxiv.org/abs/2109.01134, equation 3).
+
+    Args:
+        output, labels, frozen: see the module.
+        label_smoothing (`float`, *optional*, defaults to 0): share of the target that is spread over all classes.
+    """
+    total = F.cross_entropy(output.logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    return total / labels.ne(-100).sum().clamp_min(1)
+
+
+def kgcoop(output, labels, frozen, weight: float = 8.0, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy + weight · mean_c(1 - cos(t_c, t⁰_c)) (KgCoOp, https://arxiv.org/abs/2303.13283).
+
+    As the public code has it; the paper's squared distance of normalised embeddings is twice 1 - cos.
+
+    Args:
+        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+        weight (`float`, *optional*, defaults to 8): λ.
+    """
+    distance = (1 - F.cosine_similarity(output.text_embeds, frozen.text_embeds, dim=-1)).mean(dim=-1)
+    distance = _mean(distance, labels) if distance.dim() else distance  # class embeddings for each image
+    return cross_entropy(output, labels, label_smoothing=label_smoothing) + weight * distance
+
+
+def prograd(
+    output, labels, frozen, weight: float = 1.0, temperature: float = 1.0, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy whose gradient keeps to what the frozen model knows (ProGrad, https://arxiv.org/abs/2205.14865).
+
+    With g_d = ∇CE and g_g = ∇(-T² Σ_c p⁰_c log p_c), both softmaxes of logits / T: where ⟨g_d, g_g⟩ < 0 the gradient
+    is g_d - weight · ⟨g_d, ĝ_g⟩ ĝ_g, ĝ_g = g_g / |g_g|, else g_d. Each parameter is projected for itself, as in the
+    public code. Both are gradients over the whole batch, so it is refused with gradient accumulation.
+
+    Returns a loss whose value is the cross-entropy and whose gradient is the projected one.
+
+    Args:
+        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+        weight (`float`, *optional*, defaults to 1): λ.
+        temperature (`float`, *optional*, defaults to 1): T.
+    """
+    loss = cross_entropy(output, labels, label_smoothing=label_smoothing)
+    if not loss.requires_grad:
+        return loss
+    target = (frozen.logits / temperature).softmax(dim=-1)
+    general = F.cross_entropy(output.logits / temperature, target, reduction="none") * temperature**2
+    surrogate = 0.0
+    for p, g, general_g in zip(
+        frozen.parameters, frozen.gradients(loss), frozen.gradients(_mean(general, labels)), strict=True
+    ):
+        unit = general_g / general_g.norm().clamp_min(1e-30)
+        surrogate = surrogate + (p * (g - weight * (g * unit).sum().clamp_max(0) * unit)).sum()
+    return loss.detach() + surrogate - surrogate.detach()
+
+
+def promptsrc(
+    output,
+    labels,
+    frozen,
+    text_weight: float = 25.0,
+    image_weight: float = 10.0,
+    logit_weight: float = 1.0,
+    templates=PROMPTSRC_TEMPLATES,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross-entropy + text_weight · mean|t - t⁰| + image_weight · mean|v - v⁰| + logit_weight · mean_c KL(p⁰‖p).
+
+    PromptSRC, https://arxiv.org/abs/2307.06948, as its public code has it: absolute differences are means over
+    vectors and dimensions, KL is divided by images and classes, and t⁰ is the normalised mean of the features of many
+    templates, in p⁰ too.
+
+    Args:
+        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+        text_weight, image_weight, logit_weight (`float`, *optional*, default to 25, 10 and 1): of the three terms.
+        templates (`list[str]`, *optional*, defaults to the public code's 60): empty for the adapter's own alone.
+    """
+    text_embeds = frozen.ensemble_embeds(templates) if templates else frozen.text_embeds
+    text = (output.text_embeds - text_embeds).abs().mean(dim=(-2, -1))
+    text = _mean(text, labels) if text.dim() else text  # class embeddings for each image
+    image = _mean((output.image_embeds - frozen.image_embeds).abs().mean(dim=-1), labels)
+    log_p, log_p0 = output.logits.log_softmax(dim=-1), frozen.scores(text_embeds).log_softmax(dim=-1)
+    divergence = _mean((log_p0.exp() * (log_p0 - log_p)).mean(dim=-1), labels)
+    loss = cross_entropy(output, labels, label_smoothing=label_smoothing)
+    return loss + text_weight * text + image_weight * image + logit_weight * divergence
+
+
+def sigmoid(output, labels, frozen=None) -> torch.Tensor:
+    """-Σ_c log σ(±logit_c), + for the true class (SigLIP, https://arxiv.org/abs/2303.15343), bias included.
+
+    Args:
+        output, labels, frozen: see [`cross_entropy`].
+    """
+    signs = 2 * F.one_hot(labels.clamp_min(0), output.logits.shape[-1]) - 1
+    return _mean(-F.logsigmoid(signs * output.logits).sum(dim=-1), labels)
+
+
+# Read by the trainer: gradients of the whole batch are needed at once; the frozen image tower is asked.
+prograd.needs_whole_batch = True
+prograd.needs_frozen_images = promptsrc.needs_frozen_images = True
+
+OBJECTIVES: dict[str, Callable] = {f.__name__: f for f in (cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
+
+
+def get_objective(objective: str | Callable, **kwargs) -> Callable:
+    """The objective of a name, or a function as it is, with its keyword arguments filled in.
+
+    Raises:
+        ValueError: an unknown name, or a keyword argument that it does not take.
+    """
+    if not callable(objective) and objective not in OBJECTIVES:
+        raise ValueError(
+            f"`objective` must be one of {', '.join(map(repr, OBJECTIVES))}, or a function "
+            f"(output, labels, frozen) -> loss; got {objective!r}."
+        )
+    function = objective if callable(objective) else OBJECTIVES[objective]
+    try:
+        inspect.signature(function).bind(None, None, None, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"the objective {getattr(function, '__name__', function)!r} is called as (output, labels, frozen"
+            f"{''.join(f', {name}={value!r}' for name, value in kwargs.items())}), and cannot be: {error}. "
+            f"Its signature is {inspect.signature(function)}."
+        ) from None
+    return functools.wraps(function)(functools.partial(function, **kwargs))
