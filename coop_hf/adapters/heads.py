@@ -10,13 +10,17 @@ GDA, the start of the others, which learn by `CoOpTrainer` ([`~coop_hf.training.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import is_int, shown
 from ..config import PromptConfig
+from ..core.families import Family
 from .base import Adapter
 
 
@@ -41,23 +45,24 @@ __all__ = [
     "ZSLPConfig",
 ]
 
+MAX_KEYS = 2_000_000  # what a stranger's file may ask for: more than ImageNet's training images
+
 
 # ---------------------------------------------------------------------- mathematics, on tensors alone
 
 
-def residual_scores(v: torch.Tensor, t0: torch.Tensor, residual: torch.Tensor, alpha: float, norm: float):
+def residual_scores(v: Tensor, t0: Tensor, residual: Tensor, alpha: float, norm: float) -> Tensor:
     """cos(v, norm · t⁰ + α · x): TaskRes, ZS-LP and CLAP. `(images, C)`."""
     return v @ F.normalize(norm * t0 + alpha * residual, dim=-1).T
 
 
-def tip_scores(v, t0, keys, key_labels, alpha: float, beta: float, scale) -> torch.Tensor:
-    """v · t⁰ + α / s · exp(−β (1 − v · Kᵀ)) · L, where L has a 1 at each key's class. `(images, C)`."""
-    affinity = torch.exp(beta * (v @ keys.T - 1))
-    cache = v.new_zeros(len(v), len(t0)).index_add(1, key_labels, affinity)
-    return v @ t0.T + alpha / scale * cache
+def cache_scores(products: Tensor, key_labels: Tensor, num_classes: int, beta: float) -> Tensor:
+    """exp(−β (1 − v · Kᵀ)) · L of Tip-Adapter from v · Kᵀ; L has a 1 at each key's class. `(images, C)`."""
+    zeros = products.new_zeros(len(products), num_classes)
+    return zeros.index_add(1, key_labels, torch.exp(beta * (products - 1)))
 
 
-def adapter_scores(v, t0, down, up, ratio: float) -> torch.Tensor:
+def adapter_scores(v: Tensor, t0: Tensor, down: Tensor, up: Tensor, ratio: float) -> Tensor:
     """cos(ρ · relu(relu(v · down) · up) + (1 − ρ) · v, t⁰): CLIP-Adapter. `(images, C)`.
 
     There is no bias, so the length of v makes no difference: normalised features do as well as those of the tower.
@@ -66,19 +71,21 @@ def adapter_scores(v, t0, down, up, ratio: float) -> torch.Tensor:
     return F.normalize(ratio * changed + (1 - ratio) * v, dim=-1) @ t0.T
 
 
-def class_means(v: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+def class_means(v: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Mean image embedding of each class, `(num_classes, dim)`."""
     sums = v.new_zeros(num_classes, v.shape[1]).index_add(0, labels, v)
     return sums / torch.bincount(labels, minlength=num_classes)[:, None]
 
 
-def clap_weights(v, labels, t0, scale) -> torch.Tensor:
+def clap_weights(v: Tensor, labels: Tensor, t0: Tensor, scale: Tensor | float) -> Tensor:
     """λ_c: the mean zero-shot probability of class c on its own shots, `(num_classes,)`."""
     own = (scale * v @ t0.T).softmax(dim=-1).gather(1, labels[:, None])
     return class_means(own, labels, len(t0))[:, 0]
 
 
-def lp_plus_plus(v, labels, t0, num_steps: int = 300, every: int = 10, momentum: float = 0.9):
+def lp_plus_plus(
+    v: Tensor, labels: Tensor, t0: Tensor, num_steps: int = 300, every: int = 10, momentum: float = 0.9
+) -> tuple[Tensor, Tensor, Tensor]:
     """LP++ (https://arxiv.org/abs/2404.02285): block descent with step sizes from the data; nothing is tuned.
 
     Logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; w starts at the sum of the class's features, α at 250 times the mean over
@@ -107,7 +114,7 @@ def lp_plus_plus(v, labels, t0, num_steps: int = 300, every: int = 10, momentum:
     return weight, bias, alpha
 
 
-def gda(v, labels, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gda(v: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Gaussian discriminant analysis with one shrunk covariance (https://arxiv.org/abs/2402.04087, equations 3 to 5).
 
     Σ⁻¹ = d · pinv((n − 1) Σ̂ + tr(Σ̂) I), w_c = Σ⁻¹ μ_c, b_c = log(1/C) − ½ μ_cᵀ Σ⁻¹ μ_c; Σ̂ is the covariance within
@@ -141,22 +148,35 @@ class HeadConfig(PromptConfig):
 
     stores_class_embeds: bool = False
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"`{field.name}` must be True or False, got {shown(value)}.")
+            if field.type is float and not (is_number and math.isfinite(value)):
+                raise ValueError(f"`{field.name}` must be a finite number, got {shown(value)}.")
+        super().__post_init__()
+
 
 class Head(Adapter):
     """An adapter that scores image embeddings by more than their cosine with the class embeddings.
 
     Attributes:
-        class_embeds (`torch.Tensor`, *optional*): t⁰ `(num_classes, projection_dim)`, normalised; `None`: the template's.
+        class_embeds (`torch.Tensor`, *optional*): t⁰ `(num_classes, projection_dim)`, normalised; `None`: of the
+            template.
         recipe (`dict`): arguments of `CoOpTrainingArguments` that the head learns with; empty: `fit` is all.
     """
 
-    recipe: dict = {}
-    class_rows: tuple[str, ...] = ()  # tensors with one row for each class
+    recipe: ClassVar[dict[str, Any]] = {}
+    class_rows: ClassVar[tuple[str, ...]] = ()  # tensors with one row for each class
+    class_embeds: Tensor | None
 
-    def __init__(self, config: HeadConfig, family, tokenizer):
+    def __init__(self, config: HeadConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         if config.class_names is None:
             raise ValueError(f"a head ({config.method!r}) belongs to its classes: pass `class_names=[...]` with it.")
+        self.family = family
         self.shape = (len(config.class_names), family.projection_dim)
         self.register_buffer("class_embeds", torch.zeros(self.shape) if config.stores_class_embeds else None)
 
@@ -165,25 +185,29 @@ class Head(Adapter):
         return True
 
     @property
-    def scale(self) -> torch.Tensor:
+    def scale(self) -> Tensor:
         """The base model's logit scale s."""
         return self.family.logit_scale
 
-    def text(self, text_embeds: torch.Tensor) -> torch.Tensor:
+    def text(self, text_embeds: Tensor) -> Tensor:
         """t⁰: the class embeddings that are stored, or else those that the model gives."""
         return text_embeds if self.class_embeds is None else self.class_embeds
 
     @classmethod
-    def arguments(cls, num_shots: int) -> dict:
+    def arguments(cls, num_shots: int) -> dict[str, Any]:
         """What the head learns with, as arguments of `CoOpTrainingArguments`; empty where `fit` is all."""
         return dict(cls.recipe)
 
-    def penalty(self) -> torch.Tensor | float:
+    def penalty(self) -> Tensor | float:
         """What is added to the cross-entropy."""
         return 0.0
 
+    def objective(self, output: Any, labels: Tensor, frozen: Any = None) -> Tensor:
+        """The loss that the head learns by, as `CoOpTrainingArguments(objective=...)` takes it."""
+        return F.cross_entropy(output.logits, labels) + self.penalty()
+
     @torch.no_grad()
-    def fit(self, image_embeds: torch.Tensor, labels: torch.Tensor, class_embeds: torch.Tensor) -> "Head":
+    def fit(self, image_embeds: Tensor, labels: Tensor, class_embeds: Tensor) -> "Head":
         """Takes what the shots alone give.
 
         Args:
@@ -204,11 +228,11 @@ class Head(Adapter):
         self._start(v.to(device), labels.to(device), self.class_embeds)
         return self
 
-    def _start(self, v: torch.Tensor, labels: torch.Tensor, t0: torch.Tensor) -> None:
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         """Sets what is learned from views `(num_views, num_images, dim)`, labels and t⁰."""
 
     @torch.no_grad()
-    def search(self, image_embeds: torch.Tensor, labels: torch.Tensor) -> dict:
+    def search(self, image_embeds: Tensor, labels: Tensor) -> dict[str, float]:
         """Chooses the published grid's best values on validation images; the first of equals.
 
         Args:
@@ -218,22 +242,20 @@ class Head(Adapter):
         Returns:
             `dict`: the values chosen, also in `config`; empty where the head has no grid.
         """
-        if not (grid := self.grid()):
-            return {}
+        if self.class_embeds is None:
+            raise ValueError("the head has not been fitted: call `fit(image_embeds, labels, class_embeds)` first.")
         v, labels, t0 = check_shots(image_embeds, labels, self.class_embeds, self.shape, all_classes=False)
-        v, labels = v[0].to(t0.device), labels.to(t0.device)
-        own, best = self.config, -1
-        for values in grid:
-            self.config = replace(own, **values)
-            right = (self.cosines(v, t0).argmax(dim=-1) == labels).sum().item()
-            if right > best:
-                best, chosen = right, values
-        self.config = replace(own, **chosen)
+        labels, chosen, most = labels.to(t0.device), {}, -1
+        for values, scores in self.candidates(v[0].to(t0.device), t0):
+            right = int((scores.argmax(dim=-1) == labels).sum())
+            if right > most:
+                chosen, most = values, right
+        self.config = replace(self.config, **chosen)
         return chosen
 
-    def grid(self) -> list[dict]:
-        """The values that the paper tries on validation."""
-        return []
+    def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
+        """The values that the paper tries on validation, and the scores `(images, C)` that they give."""
+        return ()
 
     def select_classes(self, order: list[int]) -> None:
         rows = torch.tensor(order)
@@ -243,7 +265,9 @@ class Head(Adapter):
                 tensor.data = tensor.data[rows.to(tensor.device)]
 
 
-def check_shots(image_embeds, labels, class_embeds, shape, all_classes: bool = True):
+def check_shots(
+    image_embeds: Any, labels: Any, class_embeds: Any, shape: tuple[int, int], all_classes: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised views `(num_views, num_images, dim)`, labels and normalised class embeddings, or a `ValueError`."""
     v, labels = torch.as_tensor(image_embeds).detach().float(), torch.as_tensor(labels).detach().long()
     t0 = torch.as_tensor(class_embeds).detach().float()
@@ -292,8 +316,13 @@ class TipAdapterConfig(HeadConfig, method="tip_adapter"):
     beta: float = 1.0
     num_keys: int = 0
 
+    def __post_init__(self) -> None:
+        if not is_int(self.num_keys) or not 0 <= self.num_keys <= MAX_KEYS:
+            raise ValueError(f"`num_keys` must be a whole number from 0 to {MAX_KEYS:,}, got {shown(self.num_keys)}.")
+        super().__post_init__()
 
-class TipAdapter(Head, method="tip_adapter", config_class=TipAdapterConfig):
+
+class TipAdapter(Head, method="tip_adapter"):
     """Tip-Adapter (https://arxiv.org/abs/2207.09519): the shots are keys of a cache, nothing is trained.
 
     Logits s · v · t⁰ᵀ + α · exp(−β (1 − v · Kᵀ)) · L; a key is the normalised mean over the views of one shot.
@@ -301,35 +330,46 @@ class TipAdapter(Head, method="tip_adapter", config_class=TipAdapterConfig):
 
     learns_keys = False
 
-    def __init__(self, config: TipAdapterConfig, family, tokenizer):
+    def __init__(self, config: TipAdapterConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         self._set_cache(torch.zeros(config.num_keys, family.projection_dim), torch.zeros(config.num_keys))
 
-    def _set_cache(self, keys: torch.Tensor, labels: torch.Tensor) -> None:
+    def _set_cache(self, keys: Tensor, labels: Tensor) -> None:
         if self.learns_keys:
-            self.keys = nn.Parameter(keys)
+            learns = self.keys.requires_grad if hasattr(self, "keys") else True
+            self.keys = nn.Parameter(keys, requires_grad=learns)
         else:
             self.register_buffer("keys", keys)
         self.register_buffer("key_labels", labels.float())  # fp32 like all that is saved: exact up to 2²⁴ classes
 
-    def _start(self, v, labels, t0):
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         self.config = replace(self.config, num_keys=len(labels))
         self._set_cache(F.normalize(v.mean(dim=0), dim=-1), labels)
 
-    def cosines(self, image_embeds, text_embeds):
-        config, t0 = self.config, self.text(text_embeds)
-        return tip_scores(
-            image_embeds, t0, self.keys, self.key_labels.long(), config.alpha, config.beta, self.scale.to(t0.device)
-        )
+    def _cache_scores(self, products: Tensor, beta: float) -> Tensor:
+        return cache_scores(products, self.key_labels.long(), self.shape[0], beta)
 
-    def grid(self) -> list[dict]:
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        t0 = self.text(text_embeds)
+        cache = self._cache_scores(image_embeds @ self.keys.T, self.config.beta)
+        return image_embeds @ t0.T + self.config.alpha / self.scale.to(t0.device) * cache
+
+    def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
         """200 values of β from 0.1 to 7, and of α 20 from 0.1 to 3."""
-        betas, alphas = ([0.1 + i * (top - 0.1) / n for i in range(n)] for top, n in ((7, 200), (3, 20)))
-        return [{"beta": beta, "alpha": alpha} for beta in betas for alpha in alphas]
+        zero_shot, products, scale = v @ t0.T, v @ self.keys.T, self.scale.to(t0.device)
+        for beta in (0.1 + i * 6.9 / 200 for i in range(200)):
+            cache = self._cache_scores(products, beta)
+            for alpha in (0.1 + i * 2.9 / 20 for i in range(20)):
+                yield {"alpha": alpha, "beta": beta}, zero_shot + alpha / scale * cache
 
-    def select_classes(self, order):
+    def select_classes(self, order: list[int]) -> None:
         super().select_classes(order)
         self.key_labels = torch.tensor(order, device=self.key_labels.device).argsort()[self.key_labels.long()].float()
+
+    def load_learned_state(self, tensors: dict[str, Tensor]) -> None:
+        super().load_learned_state(tensors)
+        if not ((self.key_labels >= 0) & (self.key_labels < self.shape[0]) & (self.key_labels % 1 == 0)).all():
+            raise ValueError(f"`key_labels` must be class indices from 0 to {self.shape[0] - 1}: the file is damaged.")
 
 
 @dataclass(kw_only=True)
@@ -337,7 +377,7 @@ class TipAdapterFConfig(TipAdapterConfig, method="tip_adapter_f"):
     """Configuration of [`TipAdapterF`]: as [`TipAdapterConfig`]."""
 
 
-class TipAdapterF(TipAdapter, method="tip_adapter_f", config_class=TipAdapterFConfig):
+class TipAdapterF(TipAdapter, method="tip_adapter_f"):
     """Tip-Adapter-F (https://arxiv.org/abs/2207.09519): Tip-Adapter whose keys learn, by cross-entropy."""
 
     learns_keys = True
@@ -370,7 +410,7 @@ class TaskResConfig(HeadConfig, method="taskres"):
     text_norm: float = 10.0
 
 
-class TaskRes(Head, method="taskres", config_class=TaskResConfig):
+class TaskRes(Head, method="taskres"):
     """TaskRes (https://arxiv.org/abs/2211.10277): w_c = t⁰_c + α · x_c, x starts at 0; cross-entropy."""
 
     class_rows = ("residual",)
@@ -383,20 +423,20 @@ class TaskRes(Head, method="taskres", config_class=TaskResConfig):
         "num_train_epochs": 200,
     }
 
-    def __init__(self, config: TaskResConfig, family, tokenizer):
+    def __init__(self, config: TaskResConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         self.residual = nn.Parameter(torch.zeros(self.shape))
 
-    def _start(self, v, labels, t0):
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         self.residual.zero_()
 
-    def cosines(self, image_embeds, text_embeds):
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         config = self.config
         alpha = getattr(config, "alpha", 1.0)
         return residual_scores(image_embeds, self.text(text_embeds), self.residual, alpha, config.text_norm)
 
     @classmethod
-    def arguments(cls, num_shots: int) -> dict:
+    def arguments(cls, num_shots: int) -> dict[str, Any]:
         return {**cls.recipe, "num_train_epochs": 100 if num_shots <= 4 else 200}
 
 
@@ -407,7 +447,7 @@ class ZSLPConfig(HeadConfig, method="zs_lp"):
     text_norm: float = 10.0
 
 
-class ZSLP(TaskRes, method="zs_lp", config_class=ZSLPConfig):
+class ZSLP(TaskRes, method="zs_lp"):
     """ZS-LP (https://arxiv.org/abs/2312.12730): a linear probe by cosine, s · cos(v, w_c), that starts at t⁰."""
 
     recipe = {
@@ -421,7 +461,7 @@ class ZSLP(TaskRes, method="zs_lp", config_class=ZSLPConfig):
     }
 
     @classmethod
-    def arguments(cls, num_shots: int) -> dict:
+    def arguments(cls, num_shots: int) -> dict[str, Any]:
         return dict(cls.recipe)
 
 
@@ -430,7 +470,7 @@ class CLAPConfig(ZSLPConfig, method="clap"):
     """Configuration of [`CLAP`]. Args: `text_norm`, as in [`TaskResConfig`]."""
 
 
-class CLAP(ZSLP, method="clap", config_class=CLAPConfig):
+class CLAP(ZSLP, method="clap"):
     """CLAP (https://arxiv.org/abs/2312.12730): ZS-LP and mean_c λ_c ‖w_c − t⁰_c‖², which needs no validation set.
 
     λ_c is the mean zero-shot probability of class c on its own shots, fixed from the start.
@@ -438,15 +478,15 @@ class CLAP(ZSLP, method="clap", config_class=CLAPConfig):
 
     class_rows = ("residual", "multipliers")
 
-    def __init__(self, config: CLAPConfig, family, tokenizer):
+    def __init__(self, config: CLAPConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         self.register_buffer("multipliers", torch.zeros(self.shape[0]))
 
-    def _start(self, v, labels, t0):
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         super()._start(v, labels, t0)
         self.multipliers.copy_(clap_weights(v.flatten(0, 1), labels.repeat(len(v)), t0, self.scale.to(t0.device)))
 
-    def penalty(self) -> torch.Tensor:
+    def penalty(self) -> Tensor:
         return (self.multipliers * self.residual.square().sum(dim=-1)).mean()
 
 
@@ -465,8 +505,13 @@ class CLIPAdapterConfig(HeadConfig, method="clip_adapter"):
     ratio: float = 0.2
     reduction: int = 4
 
+    def __post_init__(self) -> None:
+        if not is_int(self.reduction) or self.reduction < 1:
+            raise ValueError(f"`reduction` must be a whole number of at least 1, got {shown(self.reduction)}.")
+        super().__post_init__()
 
-class CLIPAdapter(Head, method="clip_adapter", config_class=CLIPAdapterConfig):
+
+class CLIPAdapter(Head, method="clip_adapter"):
     """CLIP-Adapter (https://arxiv.org/abs/2110.04544): image embeddings and a two-layer network of them, mixed.
 
     Batches of 256 at eight times CoOp's learning rate for 32.
@@ -481,7 +526,7 @@ class CLIPAdapter(Head, method="clip_adapter", config_class=CLIPAdapterConfig):
         "per_device_train_batch_size": 256,
     }
 
-    def __init__(self, config: CLIPAdapterConfig, family, tokenizer):
+    def __init__(self, config: CLIPAdapterConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         dim = family.projection_dim
         hidden = max(1, dim // config.reduction)
@@ -492,7 +537,7 @@ class CLIPAdapter(Head, method="clip_adapter", config_class=CLIPAdapterConfig):
     def is_class_bound(self) -> bool:
         return self.config.stores_class_embeds
 
-    def cosines(self, image_embeds, text_embeds):
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         return adapter_scores(image_embeds, self.text(text_embeds), self.down, self.up, self.config.ratio)
 
 
@@ -504,23 +549,23 @@ class LPPlusPlusConfig(HeadConfig, method="lp_plus_plus"):
     """Configuration of [`LPPlusPlus`]: nothing to choose."""
 
 
-class LPPlusPlus(Head, method="lp_plus_plus", config_class=LPPlusPlusConfig):
+class LPPlusPlus(Head, method="lp_plus_plus"):
     """LP++ (https://arxiv.org/abs/2404.02285): logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; see [`lp_plus_plus`]."""
 
     class_rows = ("weight", "bias", "alpha")
 
-    def __init__(self, config: LPPlusPlusConfig, family, tokenizer):
+    def __init__(self, config: LPPlusPlusConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         self.weight = nn.Parameter(torch.zeros(self.shape))
         self.bias = nn.Parameter(torch.zeros(self.shape[0]))
         self.alpha = nn.Parameter(torch.zeros(self.shape[0]))
 
-    def _start(self, v, labels, t0):
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         found = lp_plus_plus(v.flatten(0, 1), labels.repeat(len(v)), t0)
         for parameter, value in zip((self.weight, self.bias, self.alpha), found):
             parameter.copy_(value)
 
-    def cosines(self, image_embeds, text_embeds):
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         text = self.alpha * (image_embeds @ self.text(text_embeds).T)
         return (image_embeds @ self.weight.T + self.bias + text) / self.scale.to(text.device)
 
@@ -537,25 +582,27 @@ class GDAConfig(HeadConfig, method="gda"):
     alpha: float = 0.1
 
 
-class GDA(Head, method="gda", config_class=GDAConfig):
+class GDA(Head, method="gda"):
     """GDA (https://arxiv.org/abs/2402.04087): s · v · t⁰ᵀ + α (v · Wᵀ + b), in closed form; see [`gda`]."""
 
     class_rows = ("weight", "bias")
 
-    def __init__(self, config: GDAConfig, family, tokenizer):
+    def __init__(self, config: GDAConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         self.register_buffer("weight", torch.zeros(self.shape))
         self.register_buffer("bias", torch.zeros(self.shape[0]))
 
-    def _start(self, v, labels, t0):
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         weight, bias = gda(v.flatten(0, 1).double(), labels.repeat(len(v)), self.shape[0])
         self.weight.copy_(weight)
         self.bias.copy_(bias)
 
-    def cosines(self, image_embeds, text_embeds):
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         linear = image_embeds @ self.weight.T + self.bias
         return image_embeds @ self.text(text_embeds).T + self.config.alpha / self.scale.to(linear.device) * linear
 
-    def grid(self) -> list[dict]:
+    def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
         """α of 10⁻⁴ to 10²."""
-        return [{"alpha": 10.0**power} for power in range(-4, 3)]
+        zero_shot, linear, scale = v @ t0.T, v @ self.weight.T + self.bias, self.scale.to(t0.device)
+        for alpha in (10.0**power for power in range(-4, 3)):
+            yield {"alpha": alpha}, zero_shot + alpha / scale * linear
