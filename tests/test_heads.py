@@ -1,8 +1,12 @@
 """Heads on image features, against the formulas written again in `reference_heads.py`."""
 
+import json
 import math
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import reference_heads as reference
 import torch
 from conftest import CLASS_NAMES, REAL_TOKENIZER, SHARED, make_base, picture
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from coop_hf import CoOpConfig, CoOpModel
 from coop_hf.adapters import heads
@@ -237,6 +241,8 @@ def test_clip_adapter_on_the_template_takes_any_classes(make_model):
     model.set_class_names(["otter", "sea"])
     expected = reference_logits(model, v, model.template_embeds())
     torch.testing.assert_close(logits_of(model, v).double(), expected, rtol=1e-4, atol=1e-4)
+    model.adapter.fit(v[:4], [0, 1, 0, 1], model.template_embeds())  # from here on it belongs to these
+    assert model.adapter.class_embeds.shape == (2, BASE_DIM) and model.adapter.is_class_bound
 
 
 @pytest.mark.parametrize("method", ["taskres", "zs_lp", "clap", "clip_adapter"])
@@ -295,15 +301,20 @@ def test_clap_learns_by_its_own_loss(make_model):
     assert (x - plain).abs().max() > 0.05  # without the penalty it is somewhere else
 
 
+# Steps that fit a problem of twelve images; the recipes are for hundreds.
+LEARNING_RATES = {"tip_adapter_f": 0.05, "taskres": 0.05, "clip_adapter": 0.5, "zs_lp": 5.0, "clap": 5.0}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_heads_learn(make_model, method):
     torch.manual_seed(0)
     model = make_model(method)
     v, labels, t0 = shots(per_class=8)
-    options = {} if method in CLOSED else {"num_train_epochs": 60, "learning_rate": 0.05}
+    t0 = F.normalize(t0[[1, 2, 0]] + t0, dim=-1)  # words that are wrong as often as right
+    options = {} if method in CLOSED else {"num_train_epochs": 60, "learning_rate": LEARNING_RATES[method]}
     fit_head(model, v, labels, t0, **options)
     zero_shot = F.cross_entropy(model.logit_scale * v @ t0.T, labels)
-    assert F.cross_entropy(logits_of(model, v), labels) < 0.9 * zero_shot
+    assert F.cross_entropy(logits_of(model, v), labels) < 0.8 * zero_shot
 
 
 def test_views_are_taken_in_turn_and_all_enter_closed_forms(make_model):
@@ -324,6 +335,7 @@ def test_views_are_taken_in_turn_and_all_enter_closed_forms(make_model):
 def test_search_takes_the_best_on_validation(make_model, method):
     model = make_model(method)
     v, labels, t0 = shots()
+    t0 = F.normalize(2 * t0[[1, 2, 0]] + t0, dim=-1)
     val = F.normalize(v + 0.25 * some(*v.shape, seed=8).float(), dim=-1)
     val_labels = labels
     chosen = fit_head(model, v, labels, t0, val, val_labels)
@@ -406,20 +418,33 @@ def caltech():
 
 
 # Accuracy at 16 shots by the recipes' fixed values, as docs/methods/heads.md shows it.
-FIGURES = {"tip_adapter": 78.5, "gda": 89.5, "lp_plus_plus": 94.2, "tip_adapter_f": 93.3, "taskres": 94.2}
+FIGURES = {"tip_adapter": 82.6, "gda": 89.5, "lp_plus_plus": 94.2, "tip_adapter_f": 93.3, "taskres": 94.2}
 FIGURES |= {"zs_lp": 94.2, "clap": 94.1}
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=() if m in ("tip_adapter", "gda") else pytest.mark.slow) for m in FIGURES]
-)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in CLOSED else pytest.mark.slow) for m in FIGURES])
 def test_figures_on_real_features(caltech, method):
     base, tokenizer, names, train, (test, labels) = caltech
     torch.manual_seed(1)
     model = CoOpModel(base, CONFIGS[method](class_names=names), processor=tokenizer)
-    fit_head(model, *train, seed=1)
+    fit_head(model, *train, **({} if method in CLOSED else {"seed": 1}))
     accuracy = 100 * (logits_of(model, test).argmax(dim=1) == labels).double().mean().item()
-    assert accuracy == pytest.approx(FIGURES[method], abs=0.05 if method in CLOSED else 0.4)
+    assert accuracy == pytest.approx(FIGURES[method], abs=0.06 if method in CLOSED else 0.4)
+
+
+def test_the_benchmark_runs(caltech, tmp_path):
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "heads.py"
+    given = ["--data", SHARED, "--sets", "dtd", "--shots", 1, "--draws", 2, "--output", tmp_path / "heads.json"]
+    given += ["--methods", "zero_shot", "gda+val", "lp_plus_plus"]
+    subprocess.run([sys.executable, script, *map(str, given)], check=True, capture_output=True, timeout=300)
+    result = json.loads((tmp_path / "heads.json").read_text())
+    assert [(row["method"], row["draws"]) for row in result["summary"]] == [
+        ("zero_shot", 2),
+        ("gda+val", 2),
+        ("lp_plus_plus", 2),
+    ]
+    rows = {row["method"]: row for row in result["summary"]}
+    assert rows["lp_plus_plus"]["mean"] > rows["zero_shot"]["mean"] > 25 and rows["zero_shot"]["std"] == 0
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in CLOSED else pytest.mark.slow) for m in METHODS])
@@ -427,9 +452,9 @@ def test_time_to_fit(tokenizer, method):
     """100 classes, 16 shots, 512 dimensions: processor seconds, of which two cores give two each second."""
     v, labels, t0 = problem(16, 100, 512, dtype=torch.float32)
     names = [f"class {index}" for index in range(100)]
-    model = CoOpModel(
-        make_base(tokenizer, projection_dim=512), CONFIGS[method](class_names=names), processor=tokenizer
-    )
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    base = CLIPModel(CLIPConfig(text_config={**small, "vocab_size": len(tokenizer)}, vision_config=small))
+    model = CoOpModel(base, CONFIGS[method](class_names=names), processor=tokenizer)
     start = time.process_time()
     fit_head(model, v, labels, t0)
     assert time.process_time() - start < 2 * (3 if method in CLOSED else 30)

@@ -177,12 +177,16 @@ class Head(Adapter):
         if config.class_names is None:
             raise ValueError(f"a head ({config.method!r}) belongs to its classes: pass `class_names=[...]` with it.")
         self.family = family
-        self.shape = (len(config.class_names), family.projection_dim)
         self.register_buffer("class_embeds", torch.zeros(self.shape) if config.stores_class_embeds else None)
 
     @property
     def is_class_bound(self) -> bool:
         return True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(num_classes, projection_dim)`."""
+        return len(self.config.class_names or ()), self.family.projection_dim
 
     @property
     def scale(self) -> Tensor:

@@ -21,8 +21,8 @@ def class_embeds_for(model: CoOpModel, source=None) -> torch.Tensor:
 
     Args:
         model (`CoOpModel`): the model, whose active adapter names the classes.
-        source (*optional*): `None`: the hand-written template. A `str`: the name of another adapter of the model, whose
-            learned prompt gives them. A list of `str`: an ensemble of templates. A tensor `(num_classes,
+        source (*optional*): `None`: the hand-written template. A `str`: the name of another adapter of the model,
+            whose learned prompt gives them. A list of `str`: an ensemble of templates. A tensor `(num_classes,
             projection_dim)`: the class embeddings themselves, such as those of `cupl_class_embeddings`.
 
     Returns:
@@ -62,8 +62,8 @@ def fit_head(
 
     Args:
         model (`CoOpModel`): a model whose active adapter is a [`Head`].
-        image_embeds (`torch.Tensor`): `(num_images, dim)`, or `(num_views, num_images, dim)`, as [`embed_images`] gives
-            them: an epoch sees one view of each image.
+        image_embeds (`torch.Tensor`): `(num_images, dim)`, or `(num_views, num_images, dim)`, as [`embed_images`]
+            gives them: an epoch sees one view of each image.
         labels (`torch.Tensor`, `np.ndarray` or `list[int]`): `(num_images,)`, class indices.
         class_embeds (*optional*): which class embeddings the head stands on, see [`class_embeds_for`]; defaults to
             those of the hand-written template.
