@@ -1,0 +1,612 @@
+"""Heads on image features: adapters that change the scores and leave both towers alone.
+
+v are normalised image embeddings, t⁰ normalised class embeddings (of the hand-written template, an ensemble of
+templates, sentences, or a learned prompt), s the base model's logit scale. A head gives scores before the scale,
+
+    logits = s · cosines(v, t⁰).
+
+`fit(image_embeds, labels, class_embeds)` takes what the shots alone give: the whole solution of Tip-Adapter, LP++ and
+GDA, the start of the others, which learn by `CoOpTrainer` ([`~coop_hf.training.heads.fit_head`] does both).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checks import is_int, shown
+from ..config import PromptConfig
+from ..core.families import Family
+from .base import Adapter
+
+
+__all__ = [
+    "CLAP",
+    "CLAPConfig",
+    "CLIPAdapter",
+    "CLIPAdapterConfig",
+    "GDA",
+    "GDAConfig",
+    "Head",
+    "HeadConfig",
+    "LPPlusPlus",
+    "LPPlusPlusConfig",
+    "TaskRes",
+    "TaskResConfig",
+    "TipAdapter",
+    "TipAdapterConfig",
+    "TipAdapterF",
+    "TipAdapterFConfig",
+    "ZSLP",
+    "ZSLPConfig",
+]
+
+MAX_KEYS = 2_000_000  # what a stranger's file may ask for: more than ImageNet's training images
+
+
+# ---------------------------------------------------------------------- mathematics, on tensors alone
+
+
+def residual_scores(v: Tensor, t0: Tensor, residual: Tensor, alpha: float, norm: float) -> Tensor:
+    """cos(v, norm · t⁰ + α · x): TaskRes, ZS-LP and CLAP. `(images, C)`."""
+    return v @ F.normalize(norm * t0 + alpha * residual, dim=-1).T
+
+
+def cache_scores(products: Tensor, key_labels: Tensor, num_classes: int, beta: float) -> Tensor:
+    """exp(−β (1 − v · Kᵀ)) · L of Tip-Adapter from v · Kᵀ; L has a 1 at each key's class. `(images, C)`."""
+    zeros = products.new_zeros(len(products), num_classes)
+    return zeros.index_add(1, key_labels, torch.exp(beta * (products - 1)))
+
+
+def adapter_scores(v: Tensor, t0: Tensor, down: Tensor, up: Tensor, ratio: float) -> Tensor:
+    """cos(ρ · relu(relu(v · down) · up) + (1 − ρ) · v, t⁰): CLIP-Adapter. `(images, C)`.
+
+    There is no bias, so the length of v makes no difference: normalised features do as well as those of the tower.
+    """
+    changed = F.relu(F.linear(F.relu(F.linear(v, down)), up))
+    return F.normalize(ratio * changed + (1 - ratio) * v, dim=-1) @ t0.T
+
+
+def class_means(v: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean image embedding of each class, `(num_classes, dim)`."""
+    sums = v.new_zeros(num_classes, v.shape[1]).index_add(0, labels, v)
+    return sums / torch.bincount(labels, minlength=num_classes)[:, None]
+
+
+def clap_weights(v: Tensor, labels: Tensor, t0: Tensor, scale: Tensor | float) -> Tensor:
+    """λ_c: the mean zero-shot probability of class c on its own shots, `(num_classes,)`."""
+    own = (scale * v @ t0.T).softmax(dim=-1).gather(1, labels[:, None])
+    return class_means(own, labels, len(t0))[:, 0]
+
+
+def lp_plus_plus(
+    v: Tensor, labels: Tensor, t0: Tensor, num_steps: int = 300, every: int = 10, momentum: float = 0.9
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LP++ (https://arxiv.org/abs/2404.02285): block descent with step sizes from the data; nothing is tuned.
+
+    Logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; w starts at the sum of the class's features, α at 250 times the mean over
+    classes of the mean cosine with the own class, b at 0. Steps: 4N / λ_max(VᵀV) for w and b, with momentum; and
+    N / (4 · max_c Σ_i ⟨v_i, t⁰_c⟩²) for α, every `every` steps. The paper's code takes the step with the best
+    validation accuracy, and never clears the gradient of α; here the last step counts, and α follows its gradient.
+
+    Returns:
+        weight `(num_classes, dim)`, bias `(num_classes,)`, alpha `(num_classes,)`.
+    """
+    num, target = len(v), F.one_hot(labels, len(t0)).to(v.dtype)
+    text = v @ t0.T
+    step = 4 * num / torch.linalg.eigvalsh(v.T @ v)[-1]
+    alpha_step = num / (4 * text.square().sum(dim=0).max())
+    weight, bias = target.T @ v, v.new_zeros(len(t0))
+    own = class_means(text.gather(1, labels[:, None]), labels, len(t0))
+    alpha = (250 * own.mean()).expand(len(t0)).clone()
+    weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
+    for index in range(1, num_steps + 1):
+        error = ((v @ weight.T + bias + alpha * text).softmax(dim=-1) - target) / num
+        weight_speed = momentum * weight_speed + error.T @ v
+        bias_speed = momentum * bias_speed + error.sum(dim=0)
+        weight, bias = weight - step * weight_speed, bias - step * bias_speed
+        if index % every == 0:
+            alpha = alpha - alpha_step * (error * text).sum(dim=0)
+    return weight, bias, alpha
+
+
+def gda(v: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Gaussian discriminant analysis with one shrunk covariance (https://arxiv.org/abs/2402.04087, equations 3 to 5).
+
+    Σ⁻¹ = d · pinv((n − 1) Σ̂ + tr(Σ̂) I), w_c = Σ⁻¹ μ_c, b_c = log(1/C) − ½ μ_cᵀ Σ⁻¹ μ_c; Σ̂ is the covariance within
+    classes. Where there is no spread within classes, as with one view of one shot, weights are 0: zero-shot remains.
+
+    Returns:
+        weight `(num_classes, dim)`, bias `(num_classes,)`.
+    """
+    means = class_means(v, labels, num_classes)
+    spread = v - means[labels]
+    scatter = spread.T @ spread  # (n − 1) Σ̂
+    dim, trace = v.shape[1], scatter.trace()
+    weight = torch.zeros_like(means)
+    if trace > 1e-9 * len(v):  # of images that are all alike rounding would be inverted
+        eye = torch.eye(dim, dtype=v.dtype, device=v.device)
+        weight = means @ (dim * torch.linalg.pinv(scatter + trace / (len(v) - 1) * eye, hermitian=True))
+    return weight, -math.log(num_classes) - 0.5 * (weight * means).sum(dim=-1)
+
+
+# ---------------------------------------------------------------------- what the heads have in common
+
+
+@dataclass(kw_only=True)
+class HeadConfig(PromptConfig):
+    """What the configurations of all heads share.
+
+    Args:
+        stores_class_embeds (`bool`, *optional*, defaults to `False`): whether the head holds the class embeddings that
+            it stands on. `fit` sets it; without, they are those of the template.
+    """
+
+    stores_class_embeds: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"`{field.name}` must be True or False, got {shown(value)}.")
+            if field.type is float and not (is_number and math.isfinite(value)):
+                raise ValueError(f"`{field.name}` must be a finite number, got {shown(value)}.")
+        super().__post_init__()
+
+
+class Head(Adapter):
+    """An adapter that scores image embeddings by more than their cosine with the class embeddings.
+
+    Attributes:
+        class_embeds (`torch.Tensor`, *optional*): t⁰ `(num_classes, projection_dim)`, normalised; `None`: of the
+            template.
+        recipe (`dict`): arguments of `CoOpTrainingArguments` that the head learns with; empty: `fit` is all.
+    """
+
+    recipe: ClassVar[dict[str, Any]] = {}
+    class_rows: ClassVar[tuple[str, ...]] = ()  # tensors with one row for each class
+    class_embeds: Tensor | None
+
+    def __init__(self, config: HeadConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        if config.class_names is None:
+            raise ValueError(f"a head ({config.method!r}) belongs to its classes: pass `class_names=[...]` with it.")
+        self.family = family
+        self.register_buffer("class_embeds", torch.zeros(self.shape) if config.stores_class_embeds else None)
+
+    @property
+    def is_class_bound(self) -> bool:
+        return True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(num_classes, projection_dim)`."""
+        return len(self.config.class_names or ()), self.family.projection_dim
+
+    @property
+    def scale(self) -> Tensor:
+        """The base model's logit scale s."""
+        return self.family.logit_scale
+
+    def text(self, text_embeds: Tensor) -> Tensor:
+        """t⁰: the class embeddings that are stored, or else those that the model gives."""
+        return text_embeds if self.class_embeds is None else self.class_embeds
+
+    @classmethod
+    def arguments(cls, num_shots: int) -> dict[str, Any]:
+        """What the head learns with, as arguments of `CoOpTrainingArguments`; empty where `fit` is all."""
+        return dict(cls.recipe)
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the cross-entropy."""
+        return 0.0
+
+    def objective(self, output: Any, labels: Tensor, frozen: Any = None) -> Tensor:
+        """The loss that the head learns by, as `CoOpTrainingArguments(objective=...)` takes it."""
+        return F.cross_entropy(output.logits, labels) + self.penalty()
+
+    @torch.no_grad()
+    def fit(self, image_embeds: Tensor, labels: Tensor, class_embeds: Tensor) -> "Head":
+        """Takes what the shots alone give.
+
+        Args:
+            image_embeds (`torch.Tensor`): `(num_images, dim)`, or `(num_views, num_images, dim)` for augmented views.
+            labels (`torch.Tensor`): `(num_images,)`, class indices; every class needs an image.
+            class_embeds (`torch.Tensor`): `(num_classes, dim)`, which class embeddings the head stands on.
+
+        Returns:
+            the head itself.
+
+        Raises:
+            ValueError: shapes or labels that do not fit, NaN, or a class without images.
+        """
+        v, labels, t0 = check_shots(image_embeds, labels, class_embeds, self.shape)
+        device = next((t.device for t in [*self.parameters(), *self.buffers()]), self.scale.device)
+        self.config = replace(self.config, stores_class_embeds=True)
+        self.class_embeds = t0.to(device)
+        self._start(v.to(device), labels.to(device), self.class_embeds)
+        return self
+
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
+        """Sets what is learned from views `(num_views, num_images, dim)`, labels and t⁰."""
+
+    @torch.no_grad()
+    def search(self, image_embeds: Tensor, labels: Tensor) -> dict[str, float]:
+        """Chooses the published grid's best values on validation images; the first of equals.
+
+        Args:
+            image_embeds (`torch.Tensor`): `(num_images, dim)`; papers take min(shots, 4) images of each class.
+            labels (`torch.Tensor`): `(num_images,)`.
+
+        Returns:
+            `dict`: the values chosen, also in `config`; empty where the head has no grid.
+        """
+        if self.class_embeds is None:
+            raise ValueError("the head has not been fitted: call `fit(image_embeds, labels, class_embeds)` first.")
+        v, labels, t0 = check_shots(image_embeds, labels, self.class_embeds, self.shape, all_classes=False)
+        labels, chosen, most = labels.to(t0.device), {}, -1
+        for values, scores in self.candidates(v[0].to(t0.device), t0):
+            right = int((scores.argmax(dim=-1) == labels).sum())
+            if right > most:
+                chosen, most = values, right
+        self.config = replace(self.config, **chosen)
+        return chosen
+
+    def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
+        """The values that the paper tries on validation, and the scores `(images, C)` that they give."""
+        return ()
+
+    def select_classes(self, order: list[int]) -> None:
+        rows = torch.tensor(order)
+        for name in ("class_embeds", *self.class_rows):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.data = tensor.data[rows.to(tensor.device)]
+
+
+def check_shots(
+    image_embeds: Any, labels: Any, class_embeds: Any, shape: tuple[int, int], all_classes: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised views `(num_views, num_images, dim)`, labels and normalised class embeddings, or a `ValueError`."""
+    v, labels = torch.as_tensor(image_embeds).detach().float(), torch.as_tensor(labels).detach().long()
+    t0 = torch.as_tensor(class_embeds).detach().float()
+    v = v[None] if v.dim() == 2 else v
+    if t0.shape != shape:
+        raise ValueError(f"`class_embeds` must be (num_classes, dim) = {tuple(shape)}, got {tuple(t0.shape)}.")
+    if v.dim() != 3 or v.shape[2] != shape[1] or 0 in v.shape:
+        raise ValueError(
+            f"`image_embeds` must be (num_images, {shape[1]}) or (num_views, num_images, {shape[1]}), got "
+            f"{tuple(image_embeds.shape)}: were they made by another model?"
+        )
+    if labels.shape != v.shape[1:2]:
+        raise ValueError(
+            f"`labels` must be {v.shape[1]} class indices, one for each image, got {tuple(labels.shape)}."
+        )
+    if labels.min() < 0 or labels.max() >= shape[0]:
+        raise ValueError(
+            f"`labels` go from {labels.min()} to {labels.max()}; class indices go from 0 to {shape[0] - 1}."
+        )
+    if not (torch.isfinite(v).all() and torch.isfinite(t0).all()):
+        raise ValueError("image or class embeddings hold NaN or infinity: check the base model and its dtype.")
+    empty = (torch.bincount(labels, minlength=shape[0]) == 0).nonzero()[:, 0].tolist()
+    if all_classes and empty:
+        raise ValueError(
+            f"{len(empty)} of {shape[0]} classes have no image, the first is class {empty[0]}: a head needs shots of "
+            "every class."
+        )
+    return F.normalize(v, dim=-1), labels, F.normalize(t0, dim=-1)
+
+
+# ---------------------------------------------------------------------- Tip-Adapter
+
+
+@dataclass(kw_only=True)
+class TipAdapterConfig(HeadConfig, method="tip_adapter"):
+    """Configuration of [`TipAdapter`].
+
+    Args:
+        alpha (`float`, *optional*, defaults to 1.17): weight of the cache; the official code's for ImageNet, its
+            largest data set, and the lowest of its starts.
+        beta (`float`, *optional*, defaults to 1.0): sharpness, the official code's.
+        num_keys (`int`, *optional*, defaults to 0): images in the cache; `fit` sets it.
+    """
+
+    alpha: float = 1.17
+    beta: float = 1.0
+    num_keys: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_int(self.num_keys) or not 0 <= self.num_keys <= MAX_KEYS:
+            raise ValueError(f"`num_keys` must be a whole number from 0 to {MAX_KEYS:,}, got {shown(self.num_keys)}.")
+        super().__post_init__()
+
+
+class TipAdapter(Head, method="tip_adapter"):
+    """Tip-Adapter (https://arxiv.org/abs/2207.09519): the shots are keys of a cache, nothing is trained.
+
+    Logits s · v · t⁰ᵀ + α · exp(−β (1 − v · Kᵀ)) · L; a key is the normalised mean over the views of one shot.
+    """
+
+    learns_keys = False
+
+    def __init__(self, config: TipAdapterConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        self._set_cache(torch.zeros(config.num_keys, family.projection_dim), torch.zeros(config.num_keys))
+
+    def _set_cache(self, keys: Tensor, labels: Tensor) -> None:
+        if self.learns_keys:
+            learns = self.keys.requires_grad if hasattr(self, "keys") else True
+            self.keys = nn.Parameter(keys, requires_grad=learns)
+        else:
+            self.register_buffer("keys", keys)
+        self.register_buffer("key_labels", labels.float())  # fp32 like all that is saved: exact up to 2²⁴ classes
+
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
+        self.config = replace(self.config, num_keys=len(labels))
+        self._set_cache(F.normalize(v.mean(dim=0), dim=-1), labels)
+
+    def _cache_scores(self, products: Tensor, beta: float) -> Tensor:
+        return cache_scores(products, self.key_labels.long(), self.shape[0], beta)
+
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        t0 = self.text(text_embeds)
+        cache = self._cache_scores(image_embeds @ self.keys.T, self.config.beta)
+        return image_embeds @ t0.T + self.config.alpha / self.scale.to(t0.device) * cache
+
+    def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
+        """200 values of β from 0.1 to 7, and of α 20 from 0.1 to 3."""
+        zero_shot, products, scale = v @ t0.T, v @ self.keys.T, self.scale.to(t0.device)
+        for beta in (0.1 + i * 6.9 / 200 for i in range(200)):
+            cache = self._cache_scores(products, beta)
+            for alpha in (0.1 + i * 2.9 / 20 for i in range(20)):
+                yield {"alpha": alpha, "beta": beta}, zero_shot + alpha / scale * cache
+
+    def select_classes(self, order: list[int]) -> None:
+        super().select_classes(order)
+        self.key_labels = torch.tensor(order, device=self.key_labels.device).argsort()[self.key_labels.long()].float()
+
+    def load_learned_state(self, tensors: dict[str, Tensor]) -> None:
+        super().load_learned_state(tensors)
+        if not ((self.key_labels >= 0) & (self.key_labels < self.shape[0]) & (self.key_labels % 1 == 0)).all():
+            raise ValueError(f"`key_labels` must be class indices from 0 to {self.shape[0] - 1}: the file is damaged.")
+
+
+@dataclass(kw_only=True)
+class TipAdapterFConfig(TipAdapterConfig, method="tip_adapter_f"):
+    """Configuration of [`TipAdapterF`]: as [`TipAdapterConfig`]."""
+
+
+class TipAdapterF(TipAdapter, method="tip_adapter_f"):
+    """Tip-Adapter-F (https://arxiv.org/abs/2207.09519): Tip-Adapter whose keys learn, by cross-entropy."""
+
+    learns_keys = True
+    recipe = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-4,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 256,
+        "num_train_epochs": 20,
+    }
+
+
+# ---------------------------------------------------------------------- residuals on the class embeddings
+
+
+@dataclass(kw_only=True)
+class TaskResConfig(HeadConfig, method="taskres"):
+    """Configuration of [`TaskRes`].
+
+    Args:
+        alpha (`float`, *optional*, defaults to 0.5): weight of the residual.
+        text_norm (`float`, *optional*, defaults to 10.0): length that class embeddings have before the residual is
+            added. The official code adds to what the text tower gives, of about this length; step sizes and penalties
+            belong to it.
+    """
+
+    alpha: float = 0.5
+    text_norm: float = 10.0
+
+
+class TaskRes(Head, method="taskres"):
+    """TaskRes (https://arxiv.org/abs/2211.10277): w_c = t⁰_c + α · x_c, x starts at 0; cross-entropy."""
+
+    class_rows = ("residual",)
+    recipe = {
+        "recipe": "paper",  # the learning rate's cosine by epochs
+        "optim": "adamw_torch",
+        "learning_rate": 2e-3,
+        "weight_decay": 0.0,
+        "per_device_train_batch_size": 256,
+        "num_train_epochs": 200,
+    }
+
+    def __init__(self, config: TaskResConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        self.residual = nn.Parameter(torch.zeros(self.shape))
+
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
+        self.residual.zero_()
+
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        config = self.config
+        alpha = getattr(config, "alpha", 1.0)
+        return residual_scores(image_embeds, self.text(text_embeds), self.residual, alpha, config.text_norm)
+
+    @classmethod
+    def arguments(cls, num_shots: int) -> dict[str, Any]:
+        return {**cls.recipe, "num_train_epochs": 100 if num_shots <= 4 else 200}
+
+
+@dataclass(kw_only=True)
+class ZSLPConfig(HeadConfig, method="zs_lp"):
+    """Configuration of [`ZSLP`]. Args: `text_norm`, as in [`TaskResConfig`]."""
+
+    text_norm: float = 10.0
+
+
+class ZSLP(TaskRes, method="zs_lp"):
+    """ZS-LP (https://arxiv.org/abs/2312.12730): a linear probe by cosine, s · cos(v, w_c), that starts at t⁰."""
+
+    recipe = {
+        "recipe": "paper",
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "learning_rate": 0.1,
+        "weight_decay": 0.0,
+        "per_device_train_batch_size": 256,
+        "num_train_epochs": 300,
+    }
+
+    @classmethod
+    def arguments(cls, num_shots: int) -> dict[str, Any]:
+        return dict(cls.recipe)
+
+
+@dataclass(kw_only=True)
+class CLAPConfig(ZSLPConfig, method="clap"):
+    """Configuration of [`CLAP`]. Args: `text_norm`, as in [`TaskResConfig`]."""
+
+
+class CLAP(ZSLP, method="clap"):
+    """CLAP (https://arxiv.org/abs/2312.12730): ZS-LP and mean_c λ_c ‖w_c − t⁰_c‖², which needs no validation set.
+
+    λ_c is the mean zero-shot probability of class c on its own shots, fixed from the start.
+    """
+
+    class_rows = ("residual", "multipliers")
+
+    def __init__(self, config: CLAPConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        self.register_buffer("multipliers", torch.zeros(self.shape[0]))
+
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
+        super()._start(v, labels, t0)
+        self.multipliers.copy_(clap_weights(v.flatten(0, 1), labels.repeat(len(v)), t0, self.scale.to(t0.device)))
+
+    def penalty(self) -> Tensor:
+        return (self.multipliers * self.residual.square().sum(dim=-1)).mean()
+
+
+# ---------------------------------------------------------------------- CLIP-Adapter
+
+
+@dataclass(kw_only=True)
+class CLIPAdapterConfig(HeadConfig, method="clip_adapter"):
+    """Configuration of [`CLIPAdapter`].
+
+    Args:
+        ratio (`float`, *optional*, defaults to 0.2): weight of the network beside the image embedding.
+        reduction (`int`, *optional*, defaults to 4): how much narrower the hidden layer is.
+    """
+
+    ratio: float = 0.2
+    reduction: int = 4
+
+    def __post_init__(self) -> None:
+        if not is_int(self.reduction) or self.reduction < 1:
+            raise ValueError(f"`reduction` must be a whole number of at least 1, got {shown(self.reduction)}.")
+        super().__post_init__()
+
+
+class CLIPAdapter(Head, method="clip_adapter"):
+    """CLIP-Adapter (https://arxiv.org/abs/2110.04544): image embeddings and a two-layer network of them, mixed.
+
+    Batches of 256 at eight times CoOp's learning rate for 32.
+    """
+
+    recipe = {
+        "recipe": "paper",
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "learning_rate": 1.6e-2,
+        "weight_decay": 5e-4,
+        "per_device_train_batch_size": 256,
+    }
+
+    def __init__(self, config: CLIPAdapterConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        dim = family.projection_dim
+        hidden = max(1, dim // config.reduction)
+        self.down = nn.Parameter(torch.empty(hidden, dim).uniform_(-(dim**-0.5), dim**-0.5))
+        self.up = nn.Parameter(torch.empty(dim, hidden).uniform_(-(hidden**-0.5), hidden**-0.5))
+
+    @property
+    def is_class_bound(self) -> bool:
+        return self.config.stores_class_embeds
+
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        return adapter_scores(image_embeds, self.text(text_embeds), self.down, self.up, self.config.ratio)
+
+
+# ---------------------------------------------------------------------- linear heads that need no training loop
+
+
+@dataclass(kw_only=True)
+class LPPlusPlusConfig(HeadConfig, method="lp_plus_plus"):
+    """Configuration of [`LPPlusPlus`]: nothing to choose."""
+
+
+class LPPlusPlus(Head, method="lp_plus_plus"):
+    """LP++ (https://arxiv.org/abs/2404.02285): logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; see [`lp_plus_plus`]."""
+
+    class_rows = ("weight", "bias", "alpha")
+
+    def __init__(self, config: LPPlusPlusConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        self.weight = nn.Parameter(torch.zeros(self.shape))
+        self.bias = nn.Parameter(torch.zeros(self.shape[0]))
+        self.alpha = nn.Parameter(torch.zeros(self.shape[0]))
+
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
+        found = lp_plus_plus(v.flatten(0, 1), labels.repeat(len(v)), t0)
+        for parameter, value in zip((self.weight, self.bias, self.alpha), found):
+            parameter.copy_(value)
+
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        text = self.alpha * (image_embeds @ self.text(text_embeds).T)
+        return (image_embeds @ self.weight.T + self.bias + text) / self.scale.to(text.device)
+
+
+@dataclass(kw_only=True)
+class GDAConfig(HeadConfig, method="gda"):
+    """Configuration of [`GDA`].
+
+    Args:
+        alpha (`float`, *optional*, defaults to 0.1): weight of the discriminant beside the zero-shot logits: the
+            middle of the grid that the paper tries on validation, which `search` does.
+    """
+
+    alpha: float = 0.1
+
+
+class GDA(Head, method="gda"):
+    """GDA (https://arxiv.org/abs/2402.04087): s · v · t⁰ᵀ + α (v · Wᵀ + b), in closed form; see [`gda`]."""
+
+    class_rows = ("weight", "bias")
+
+    def __init__(self, config: GDAConfig, family: Family, tokenizer: Any):
+        super().__init__(config, family, tokenizer)
+        self.register_buffer("weight", torch.zeros(self.shape))
+        self.register_buffer("bias", torch.zeros(self.shape[0]))
+
+    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
+        weight, bias = gda(v.flatten(0, 1).double(), labels.repeat(len(v)), self.shape[0])
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+
+    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        linear = image_embeds @ self.weight.T + self.bias
+        return image_embeds @ self.text(text_embeds).T + self.config.alpha / self.scale.to(linear.device) * linear
+
+    def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
+        """α of 10⁻⁴ to 10²."""
+        zero_shot, linear, scale = v @ t0.T, v @ self.weight.T + self.bias, self.scale.to(t0.device)
+        for alpha in (10.0**power for power in range(-4, 3)):
+            yield {"alpha": alpha}, zero_shot + alpha / scale * linear
