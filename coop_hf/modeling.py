@@ -22,7 +22,7 @@ from .adapters.model import AdapterModel, Shapes
 from .checks import is_int
 from .config import ADAPTER_CONFIG_NAME, CoOpConfig, PromptConfig
 from .core.class_prompts import TEXT_PASSES, ClassPrompts
-from .core.families import get_family
+from .core.families import check_tokenizer, get_family
 from .core.layout import fill_template, tokenize_texts
 from .data.labelled_images import collate
 from .data.transforms import decode_image, eval_transform
@@ -110,6 +110,7 @@ class CoOpModel(AdapterModel):
                 "CoOpModel needs `processor`: the base's processor (CLIPProcessor for CLIP), or its tokenizer alone; "
                 f"got {type(processor).__name__}. `CoOpModel.from_pretrained(...)` loads it by itself."
             )
+        check_tokenizer(family, getattr(processor, "tokenizer", processor))
         if text_pass not in TEXT_PASSES:
             raise ValueError(f"`text_pass` must be one of {', '.join(map(repr, TEXT_PASSES))}, got {text_pass!r}.")
         if text_chunk_size is not None and (not is_int(text_chunk_size) or text_chunk_size < 1):
@@ -174,6 +175,10 @@ class CoOpModel(AdapterModel):
                 logits = logits + self.family.logit_bias.to(logits.device)
             loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
         return CoOpOutput(loss=loss, logits=logits, text_embeds=text_embeds, image_embeds=image_embeds)
+
+    def logits_to_probabilities(self, logits: Tensor) -> Tensor:
+        """Scores `(..., num_classes)` of logits: their softmax, or on SigLIP their sigmoid, of each class alone."""
+        return self.family.probabilities(logits)
 
     def get_text_features(self, image_embeds: Tensor | None = None) -> Tensor:
         """Class embeddings of the active adapter, or of its hand-written template while it is disabled.
@@ -286,7 +291,7 @@ class CoOpModel(AdapterModel):
         for start in range(0, len(images), batch_size):
             indices = range(start, min(start + batch_size, len(images)))
             inputs = collate([_read_image(images, index, transform) for index in indices])
-            scores = self.family.probabilities(self(**inputs).logits)
+            scores = self.logits_to_probabilities(self(**inputs).logits)
             best = scores.topk(min(top_k or len(names), len(names)), dim=-1)
             for values, classes in zip(best.values.tolist(), best.indices.tolist()):
                 results.append([{"label": names[c], "score": value} for c, value in zip(classes, values)])

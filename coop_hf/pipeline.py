@@ -74,14 +74,16 @@ class CoOpImageClassificationPipeline(Pipeline):
     def preprocess(self, image, timeout=None):
         is_url = isinstance(image, str) and image.startswith(("http://", "https://"))
         image = load_image(image, timeout=timeout) if is_url else decode_image(image)
-        return {"pixel_values": eval_transform(self.model.image_processor)(image)[None]}
+        inputs = eval_transform(self.model.image_processor)(image)
+        inputs = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
+        return {key: value[None] for key, value in inputs.items()}
 
     def _forward(self, inputs):
-        return {"logits": self.model(pixel_values=inputs["pixel_values"]).logits}
+        return {"logits": self.model(**inputs).logits}
 
     def postprocess(self, outputs, top_k=5):
         names = self.model.class_names
-        best = outputs["logits"][0].softmax(dim=-1).topk(min(top_k, len(names)))
+        best = self.model.logits_to_probabilities(outputs["logits"][0]).topk(min(top_k, len(names)))
         return [{"label": names[c], "score": s} for s, c in zip(best.values.tolist(), best.indices.tolist())]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:

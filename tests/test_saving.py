@@ -256,7 +256,7 @@ def test_an_adapter_that_names_no_base(adapter, base, tokenizer):
 def test_contradicting_arguments(base_folder, adapter):
     with pytest.raises(ValueError, match="is an adapter and has its own configuration"):
         CoOpModel.from_pretrained(adapter, CoOpConfig())
-    with pytest.raises(ValueError, match="is no adapter, so `base_model` has no place"):
+    with pytest.raises(ValueError, match="is not an adapter, so `base_model` has no place"):
         CoOpModel.from_pretrained(base_folder, base_model=base_folder)
     with pytest.raises(FileNotFoundError, match="folder 'x', holds neither an adapter"):
         CoOpModel.from_pretrained(base_folder, subfolder="x")

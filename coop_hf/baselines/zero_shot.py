@@ -213,6 +213,7 @@ def zero_shot_logits(
     class_embeds: torch.Tensor,
     pixel_values: torch.Tensor | None = None,
     image_embeds: torch.Tensor | None = None,
+    **image_inputs: torch.Tensor,
 ) -> torch.Tensor:
     """Scores images against class embeddings, wherever these come from.
 
@@ -231,7 +232,7 @@ def zero_shot_logits(
         given = "neither" if pixel_values is None else "both"
         raise ValueError(f"pass either `pixel_values` or `image_embeds`; got {given}.")
     if pixel_values is not None:
-        image_embeds = family.image_features(pixel_values)
+        image_embeds = family.image_features(pixel_values, **image_inputs)
     if image_embeds.shape[-1] != class_embeds.shape[-1]:
         raise ValueError(
             f"the image features have {image_embeds.shape[-1]} dimensions and the class embeddings "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 
-__all__ = ["FAMILIES", "Family", "get_family", "supported_models"]
+__all__ = ["FAMILIES", "Family", "check_tokenizer", "get_family", "supported_models"]
 
 FAMILIES: dict[str, type["Family"]] = {}
 
@@ -32,6 +32,7 @@ class Family:
         is_causal (`bool`): whether a token of a text sees only those before it.
         pads_to_full (`bool`): whether texts are padded to all positions and the padding is attended to.
         is_sigmoid (`bool`): whether scores are independent probabilities.
+        token_embedding_name (`str`): what the token embedding is called among the text embeddings.
     """
 
     model_type: ClassVar[str] = ""
@@ -40,6 +41,7 @@ class Family:
     is_causal: ClassVar[bool] = True
     pads_to_full: ClassVar[bool] = False
     is_sigmoid: ClassVar[bool] = False
+    token_embedding_name: ClassVar[str] = "token_embedding"
 
     def __init__(self, base_model: Any):
         self.base_model = base_model
@@ -60,7 +62,7 @@ class Family:
     @property
     def token_embedding(self) -> nn.Embedding:
         """The token embedding, `(vocabulary, text_width)`."""
-        return self.text_embeddings.token_embedding
+        return getattr(self.text_embeddings, self.token_embedding_name)
 
     @property
     def text_layers(self) -> Any:
@@ -239,7 +241,8 @@ class Siglip(Family, model_type="siglip", model_class="SiglipModel"):
         return self.base_model.config.text_config.projection_size
 
     def text_mask(self, hidden: Tensor, is_token: Tensor) -> Tensor | None:
-        return None
+        config = self.base_model.config.text_config
+        return create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=is_token.long())
 
     def pooled_position(self, ends: Tensor, length: int) -> Tensor:
         return torch.full_like(ends, length - 1)
@@ -282,10 +285,7 @@ class _Bert(Family):
     """Text towers of BERT's kind: both ways, a mask for the padding, pooled at the first position."""
 
     is_causal = False
-
-    @property
-    def token_embedding(self) -> nn.Embedding:
-        return self.text_embeddings.word_embeddings
+    token_embedding_name = "word_embeddings"
 
     def embed_text(self, vectors: Tensor, positions: Tensor) -> Tensor:
         return self.text_embeddings(inputs_embeds=vectors, position_ids=positions)
@@ -374,6 +374,18 @@ def get_family(model: Any) -> Family:
             "class's `from_pretrained`, or by name with `CoOpModel.from_pretrained`."
         )
     return family(inner)
+
+
+def check_tokenizer(family: Family, tokenizer: Any) -> None:
+    """Raises `ValueError` where a causal base would silently pool at the wrong place, because its configuration names
+    another EOS than the tokenizer writes."""
+    eos = getattr(family.base_model.config.text_config, "eos_token_id", None)
+    ids = tokenizer("")["input_ids"]
+    if family.model_type == "metaclip_2" and ids and ids[-1] != eos:
+        raise ValueError(
+            f"the base pools at EOS {eos} (text_config.eos_token_id), and {type(tokenizer).__name__} ends a text with "
+            f"{ids[-1]}: load the tokenizer that belongs to the base."
+        )
 
 
 def _hidden(output: Any) -> Tensor:

@@ -38,6 +38,7 @@ class PromptLayout:
         eos_token_id (`int`): id of EOS.
         pad_token_id (`int`, *optional*, defaults to that of EOS): id of the padding.
         pads_left (`bool`, *optional*, defaults to `False`): whether the tokenizer pads in front.
+        masks_padding (`bool`, *optional*, defaults to `False`): whether the tokenizer gives a mask of the padding.
     """
 
     tokens: list[list[int]]
@@ -47,6 +48,7 @@ class PromptLayout:
     eos_token_id: int
     pad_token_id: int | None = None
     pads_left: bool = False
+    masks_padding: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -149,6 +151,7 @@ def _padding(tokenizer: Any) -> dict[str, Any]:
     return {
         "pad_token_id": getattr(tokenizer, "pad_token_id", None),
         "pads_left": getattr(tokenizer, "padding_side", "right") == "left",
+        "masks_padding": "attention_mask" in getattr(tokenizer, "model_input_names", ()),
     }
 
 

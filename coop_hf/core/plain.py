@@ -90,6 +90,8 @@ def _rows(family: Family, layout: PromptLayout, prompts: dict[int, Tensor], leng
     is_token &= columns <= ends[:, None]
     vectors = _put(family.token_embedding(tokens.clamp_min(0)), tokens, prompts.get(0), classes)
     hidden = family.embed_text(vectors, columns)
+    if family.pads_to_full and not layout.masks_padding:  # as the family's own pipeline: what the tokenizer masks
+        is_token = torch.ones_like(is_token)
     mask = family.text_mask(hidden, is_token)
     for index, layer in enumerate(family.text_layers):
         if index:

@@ -338,7 +338,7 @@ class SharedPrefixPass:
 
     def _prefix_keys_values(self) -> KeysValues:
         length, device = self.num_prefix, self.family.device
-        tokens = torch.tensor(self.layout.tokens[0][:length], device=device)
+        tokens = torch.tensor(self.layout.tokens[0][:length], dtype=torch.long, device=device)
         positions = torch.arange(length, device=device)
         none = torch.zeros(0, dtype=torch.long, device=device)
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()

@@ -11,21 +11,23 @@ With a class-specific context, class c has the tokens `<coop_c_1>` ..., and each
 """
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AddedToken, CLIPModel
+from torch import Tensor, nn
+from transformers import AddedToken
 
 from ..checks import clean_class_name
-from ..core.layout import special_token_ids
+from ..core.families import get_family
+from ..core.layout import frame, split_context
 
 
 __all__ = ["merge_and_unload"]
 
 
 @torch.no_grad()
-def merge_and_unload(model) -> tuple[CLIPModel, object]:
-    """The active adapter and its base as one stock CLIP model, which transformers saves, loads and runs by itself.
+def merge_and_unload(model: Any) -> tuple[Any, Any]:
+    """The active adapter and its base as one stock model, which transformers saves, loads and runs by itself.
 
     The base model and its processor are copied, not changed. The copy's `config.coop_hf` (saved with it) says how to
     ask for the learned prompts:
@@ -40,10 +42,12 @@ def merge_and_unload(model) -> tuple[CLIPModel, object]:
         model (`CoOpModel`): the model.
 
     Returns:
-        `CLIPModel` and `CLIPProcessor` (the tokenizer alone, if the model was made with a tokenizer alone).
+        a model of the base's class, such as `CLIPModel`, and its processor (the tokenizer alone, if the model was made
+        with a tokenizer alone).
 
     Raises:
-        ValueError: a class name that the new tokenizer would read in another way; says which.
+        ValueError: a prompt that the new tokenizer would read in another way, which says which class; or an
+            adapter of another method than CoOp.
 
     Example:
 
@@ -62,6 +66,11 @@ def merge_and_unload(model) -> tuple[CLIPModel, object]:
     ```
     """
     base, config = model.base_model, model.config
+    if model.adapter.method != "coop":
+        raise ValueError(
+            f"an adapter of the method {model.adapter.method!r} is more than words in a prompt, so no stock model can "
+            "hold it: save the adapter, or export its classes with `as_image_classifier`."
+        )
     processor = copy.deepcopy(model.processor)
     tokenizer = getattr(processor, "tokenizer", processor)
     context = model.context.detach()
@@ -74,15 +83,16 @@ def merge_and_unload(model) -> tuple[CLIPModel, object]:
     else:
         tokens = [[f"<{prefix}_{k + 1}>" for k in range(config.n_ctx)]]
     flat = [token for row in tokens for token in row]
-    # Spaces beside a token are swallowed, and it is found in the text as written, before lower-casing.
-    tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in flat])
+    # Spaces before a token are swallowed (one behind it may belong to the word that follows), and it is found in the
+    # text as written, before lower-casing.
+    tokenizer.add_tokens([AddedToken(token, lstrip=True, normalized=False) for token in flat])
     ids = tokenizer.convert_tokens_to_ids(flat)
 
     merged = _copy_with_rows(base, ids, context.flatten(0, -2))
-    text_config = merged.config.text_config
-    # With eos_token_id == 2, which the configurations of OpenAI's CLIP have, transformers pools at the largest id of
-    # each row: EOS, as long as no token is added behind it. Any other value is looked for itself.
-    text_config.eos_token_id = merged.text_model.eos_token_id = special_token_ids(tokenizer)[1]
+    if model.family.is_causal:
+        # With eos_token_id == 2, which the configurations of OpenAI's CLIP have, transformers pools at the largest id
+        # of each row: EOS, as long as no token is added behind it. Any other value is looked for itself.
+        merged.config.text_config.eos_token_id = merged.text_model.eos_token_id = frame(tokenizer)[1][-1]
 
     templates = [_template(row, config.class_token_position) for row in tokens]
     if config.class_specific:
@@ -100,11 +110,11 @@ def merge_and_unload(model) -> tuple[CLIPModel, object]:
 
 
 def _template(tokens: list[str], class_token_position: str) -> str:
-    first = {"end": len(tokens), "middle": len(tokens) // 2, "front": 0}[class_token_position]
+    first = split_context(class_token_position, len(tokens))
     return " ".join([*tokens[:first], "{}", *tokens[first:]]) + "."
 
 
-def _unused_prefix(tokenizer) -> str:
+def _unused_prefix(tokenizer: Any) -> str:
     """A beginning of token names that the vocabulary does not hold. Class names have no underscores, so never do."""
     vocabulary, prefix, number = list(tokenizer.get_vocab()), "coop", 1
     while any(token.startswith(f"<{prefix}_") for token in vocabulary):
@@ -113,23 +123,26 @@ def _unused_prefix(tokenizer) -> str:
     return prefix
 
 
-def _copy_with_rows(base: CLIPModel, ids: list[int], vectors: torch.Tensor) -> CLIPModel:
-    """A copy of the base whose token embedding holds `vectors` at `ids`."""
+def _copy_with_rows(base: Any, ids: list[int], vectors: Tensor) -> Any:
+    """A copy of the base, LoRA merged in, whose token embedding holds `vectors` at `ids`."""
     merged = copy.deepcopy(base)
-    embeddings = merged.text_model.embeddings
-    old = embeddings.token_embedding.weight
+    if hasattr(merged, "peft_config") and hasattr(merged, "merge_and_unload"):
+        merged = merged.merge_and_unload()
+    family = get_family(merged)
+    old = family.token_embedding.weight
     rows = max(old.shape[0], max(ids) + 1)
     weight = old.new_zeros(rows, old.shape[1])
     weight[: old.shape[0]] = old
     weight[torch.tensor(ids, device=old.device)] = vectors.to(old.device, old.dtype)
-    new = nn.Embedding(rows, old.shape[1], device=old.device, dtype=old.dtype)
+    padding = family.token_embedding.padding_idx
+    new = nn.Embedding(rows, old.shape[1], padding_idx=padding, device=old.device, dtype=old.dtype)
     new.weight = nn.Parameter(weight, requires_grad=False)
-    embeddings.token_embedding = new
+    setattr(family.text_embeddings, family.token_embedding_name, new)
     merged.config.text_config.vocab_size = rows
     return merged
 
 
-def _check_tokens(tokenizer, model, template: str, labels: list[str], ids: list[int]) -> None:
+def _check_tokens(tokenizer: Any, model: Any, template: str, labels: list[str], ids: list[int]) -> None:
     """Raises unless the new tokenizer turns each prompt into the tokens that the adapter was learned on."""
     layout = model.adapter.class_prompts.layout
     n_ctx = layout.n_ctx
@@ -139,7 +152,7 @@ def _check_tokens(tokenizer, model, template: str, labels: list[str], ids: list[
         expected = [own[-1 - token] if token < 0 else token for token in row]
         if list(found) != expected:
             raise ValueError(
-                f"the prompt of the class {model.class_names[c]!r} cannot be written as text: the tokenizer reads "
+                f"cannot merge: as text, the prompt of the class {model.class_names[c]!r} is another: the tokenizer reads "
                 f"{template.format(labels[c])!r} as {list(found)}, and the adapter stands for {expected}. Give the "
                 "class another name."
             )
