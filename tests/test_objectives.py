@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference_methods as reference
 import torch
-from test_trainer import arguments, embedded, make_model, pictures
+from family_kit import make_family
+from test_trainer import NAMES, arguments, embedded, make_method, make_model, pictures
 from torch.nn import functional as F
 
-from coop_hf import CoOpTrainer
+from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, EmbeddedImages
 from coop_hf.training.objectives import OBJECTIVES, PROMPTSRC_TEMPLATES, get_objective
 
 
@@ -255,3 +257,105 @@ def test_prograd_learns_on_images_too(base, processor, tmp_path):
         results.append(model.context.detach())
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
     assert math.isfinite(results[0].sum())
+
+
+# ---------------------------------------------------------------------- on other methods and families
+
+
+def of_the_reference(model, pixels):
+    """What a model learns as free tensors, and the logits, class and image embeddings that the reference gives."""
+    method, base, tokenizer = model.config.method, model.get_base_model(), model.tokenizer
+    tensors = {name: p.detach().clone().requires_grad_() for name, p in model.learned_parameters().items()}
+    if method == "cocoop":
+        net = [tensors[f"meta_net.linear{layer}.{kind}"] for layer in (1, 2) for kind in ("weight", "bias")]
+        text, image = reference.cocoop_features(base, tokenizer, NAMES, pixels, tensors["context"], net)
+    elif method == "tcp":
+        net = [tensors[f"meta_net.linear{layer}.{kind}"] for layer in (1, 2) for kind in ("weight", "bias")]
+        layer = model.config.layer
+        text, image = reference.tcp_features(base, tokenizer, NAMES, pixels, tensors["context"], net, layer=layer)
+    else:
+        prompts = [tensors["context"], *tensors["deep_text"]]
+        if method == "maple":
+            pairs = [(tensors[f"couplings.{k}.weight"], tensors[f"couplings.{k}.bias"]) for k in range(len(prompts))]
+            text, image = reference.maple_features(base, tokenizer, NAMES, pixels, prompts, pairs)
+        else:
+            visual = list(tensors["visual"])
+            text, image = reference.ivlp_features(base, tokenizer, NAMES, pixels, prompts, visual, "of a {}.")
+    outputs = {"text": reference.normalised(text), "image": reference.normalised(image)}
+    outputs["logits"] = reference.cosine_logits(base, text, image)
+    return tensors, outputs
+
+
+def reference_gradients(model, pixels, labels, objective):
+    """The gradient of each learned tensor, by the references of methods and objectives."""
+    base, tokenizer = model.get_base_model(), model.tokenizer
+    tensors, outputs = of_the_reference(model, pixels)
+    with torch.no_grad():
+        text = reference.template_features(base, tokenizer, NAMES)
+        if objective == "promptsrc":
+            text = reference.ensemble_features(base, tokenizer, NAMES, PROMPTSRC_TEMPLATES)
+        image = reference.vision_pass(base, pixels)
+        frozen_logits = reference.cosine_logits(base, text, image)
+        text, image = reference.normalised(text), reference.normalised(image)
+    logits = outputs["logits"]
+    if objective == "kgcoop":
+        _, gradients = reference.kgcoop(logits, labels, outputs["text"], text)
+    elif objective == "promptsrc":
+        given = (logits, labels, outputs["text"], outputs["image"], text, image, frozen_logits)
+        _, gradients = reference.promptsrc(*given)
+    else:
+        each = (reference.cross_entropy(logits, labels), reference.distillation(logits, labels, frozen_logits))
+        data, general = (reference.pull_back(tensors, gradients, **outputs) for _, gradients in each)
+        return reference.prograd_gradients(data, general)
+    if not outputs["image"].requires_grad:
+        gradients.pop("image", None)  # the image tower is left alone
+    return reference.pull_back(tensors, gradients, **outputs)
+
+
+@pytest.mark.parametrize("objective", ["kgcoop", "prograd", "promptsrc"])
+@pytest.mark.parametrize("method", ["cocoop", "tcp", "ivlp", "maple"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_methods_and_objectives_together(tokenizer, processor, tmp_path, method, objective, cached):
+    base = reference.make_deep_base(tokenizer, layers=2, vision_layers=2)
+    model, data = make_method(method, base, processor), pictures(6)
+    pixels = processor(images=data["image"][:], return_tensors="pt")["pixel_values"]
+    labels = torch.tensor(data["label"])
+    expected = reference_gradients(model, pixels, labels, objective)
+    start = {name: p.detach().clone() for name, p in model.learned_parameters().items()}
+    one_step(model, tmp_path, data, objective=objective, cache_features=cached)
+    for name, parameter in model.learned_parameters().items():
+        gradient = start[name].double() - parameter.detach().double()
+        scale = expected[name].abs().max().item()
+        np.testing.assert_allclose(
+            gradient, expected[name].double(), rtol=1e-3, atol=1e-4 * scale + 1e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "kgcoop", "prograd", "promptsrc"])
+def test_the_bias_of_siglip_is_in_every_score(tmp_path, objective):
+    base, processor = make_family("siglip")
+    torch.manual_seed(0)
+    model = CoOpModel(base, CoOpConfig(n_ctx=2), class_names=NAMES, processor=processor)
+    embeds = torch.randn(1, 12, model.family.projection_dim, generator=torch.Generator().manual_seed(1))
+    data = EmbeddedImages(embeds, [i % 3 for i in range(12)])
+    output = model(image_embeds=data.image_embeds[0])
+    scale, bias = base.logit_scale.exp().item(), base.logit_bias.item()
+    t0, image = model.template_embeds(), F.normalize(data.image_embeds[0], dim=-1)
+    p0 = (scale * image @ t0.T + bias).softmax(-1)
+    torch.testing.assert_close(output.logits, scale * image @ output.text_embeds.T + bias, rtol=1e-4, atol=1e-4)
+    log_p = output.logits.log_softmax(-1)
+    ce = -log_p[range(12), data.labels].mean()
+    signs = 2 * torch.eye(3)[data.labels] - 1
+    losses = {
+        "sigmoid": torch.log1p((-signs * output.logits).exp()).sum(-1).mean(),
+        "kgcoop": ce + 8 * (1 - (output.text_embeds * t0).sum(-1)).mean(),
+        "promptsrc": ce + 25 * (output.text_embeds - t0).abs().mean() + (p0 * (p0.log() - log_p)).mean(),
+        "prograd": ce,
+    }
+    expected = torch.autograd.grad(losses[objective], model.context, retain_graph=True)[0]
+    if objective == "prograd":
+        general = torch.autograd.grad(-(p0 * log_p).sum(-1).mean(), model.context)[0]
+        expected = expected - min((expected * general).sum(), 0) * general / (general**2).sum()
+    given = {"objective": objective, "objective_kwargs": {"templates": []} if objective == "promptsrc" else None}
+    step = one_step(model, tmp_path, data, **given)
+    torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-5)

@@ -216,6 +216,22 @@ def test_cached_views_equal_images_decoded_at_every_step(base, processor, tmp_pa
     assert not torch.allclose(plain, cached, atol=1e-4)
 
 
+def test_test_images_are_cropped_as_in_the_public_code_with_its_recipe(base, processor, tmp_path):
+    # 24 x 19 becomes 20 x 16: a rest of 4; 21 x 17 becomes 19 x 16, a rest of 3, of which the processor takes 1 and
+    # torchvision 2 from the left.
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 21, 3), dtype=np.uint8)
+    data = datasets.Dataset.from_dict({"image": [PIL.Image.fromarray(pixels)], "label": [0]})
+    data = data.cast_column("image", datasets.Image())
+    views = {}
+    for recipe in ("paper", "fast"):
+        args = arguments(tmp_path, recipe=recipe, cache_features=False)
+        trainer = CoOpTrainer(make_model(base, processor), args, eval_dataset=data)
+        views[recipe] = trainer.eval_dataset[0]["pixel_values"]
+    own = processor(images=data["image"][:], return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(views["fast"], own)
+    torch.testing.assert_close(views["paper"][:, :, :-1], own[:, :, 1:])  # one pixel further to the right
+
+
 def test_label_smoothing(base, processor, tmp_path):
     data = embedded(6)
     model = make_model(base, processor)
@@ -265,7 +281,7 @@ def test_evaluation_encodes_the_classes_once(base, processor, tmp_path, monkeypa
     trainer = CoOpTrainer(model=model, args=arguments(tmp_path, per_device_eval_batch_size=4), eval_dataset=data)
     calls = []
     real = base.text_projection.forward
-    monkeypatch.setattr(base.text_projection, "forward", lambda x: (calls.append(len(x)), real(x))[1])
+    monkeypatch.setattr(base.text_projection, "forward", lambda x: (calls.append(x[..., 0].numel()), real(x))[1])
     metrics = trainer.evaluate()
     assert calls == [3]
     with torch.no_grad():
@@ -755,7 +771,7 @@ size = {{"height": 16, "width": 16}}
 image_processor = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size=size)
 processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
 model = t.make_model(make_base(tokenizer), processor, class_specific={class_specific})
-data = t.pictures({count})
+data = t.{data}({count}, seed={seed})
 args = t.arguments({folder!r}, **{given!r})
 trainer = t.CoOpTrainer(model=model, args=args, train_dataset=data, eval_dataset=t.pictures(11, seed=1))
 with model.disable_adapter():
@@ -773,7 +789,8 @@ def run_processes(folder, processes, count, given):
     folder.mkdir()
     script = folder / "script.py"
     values = {"tests": str(Path(__file__).parent), "count": count, "folder": str(folder), "given": given}
-    values["class_specific"] = given.pop("class_specific", False)
+    values |= {"class_specific": False, "data": "pictures", "seed": 0}
+    values |= {name: given.pop(name) for name in ("class_specific", "data", "seed") if name in given}
     script.write_text(SCRIPT.format(processes=processes, **values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -782,12 +799,25 @@ def run_processes(folder, processes, count, given):
     return read_context(folder), torch.load(folder / "metrics.pt", weights_only=True)
 
 
+# Embeddings with which the gradient of the data and that of the frozen model contradict each other.
+CONFLICT = {"objective": "prograd", "lr_scheduler_type": "constant", "data": "embedded", "seed": 4}
+
+
+def test_prograd_projects_in_what_follows(base, processor, tmp_path):
+    given = {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    results = [
+        trained(make_model(base, processor), tmp_path, embedded(24, seed=4), objective=objective, **given)
+        for objective in ("prograd", "cross_entropy")
+    ]
+    assert (results[0] - results[1]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     "count, given",
     [
         (19, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "global_batch": 6}),
         (13, {"recipe": "fast", "max_steps": 6, "class_specific": True}),  # all at once, an odd number
-        (12, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, "objective": "prograd"}),
+        (24, {"recipe": "paper", "num_train_epochs": 4, "learning_rate": 0.1, **CONFLICT}),
     ],
 )
 def test_two_processes_equal_one(tmp_path, count, given):

@@ -98,7 +98,8 @@ class CoOpTrainingArguments(TrainingArguments):
         recipe (`str`, *optional*, defaults to `"fast"`):
             `"paper"`: https://arxiv.org/abs/2109.01134 as its code does it: SGD with learning rate 2e-3, momentum 0.9
             and weight decay 5e-4; batches of 32; 50, 100 or 200 epochs by number of shots (`paper_epochs`); a cosine
-            that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views.
+            that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views, and test images
+            are cropped as there (to the pixel; `predict` and `"fast"` crop as the base's own image processor does).
             `"fast"`: the same loss, all images at every step, Adam with a cosine over 200 steps from a learning rate
             of 0.6 times the root mean square of the token embeddings, on cached embeddings of the plain views.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
@@ -179,7 +180,7 @@ class CoOpTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every context is used."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"`recipe` must be {' or '.join(map(repr, RECIPES))}, got {self.recipe!r}.")
         if self.on_bad_image not in ("raise", "skip"):

@@ -11,9 +11,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -57,7 +58,7 @@ _FREE = {"base_model_name_or_path", "revision", "format_version", "coop_hf_versi
 # ---------------------------------------------------------------------- what is learned
 
 
-def check_learned(model) -> None:
+def check_learned(model: Any) -> None:
     """Raises `ValueError` unless something learns, and nothing outside the active adapter does."""
     learned = {id(parameter) for parameter in model.learned_parameters().values()}
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]
@@ -74,17 +75,17 @@ def check_learned(model) -> None:
         raise ValueError(f"the adapter {model.active_adapter!r} {why}.")
 
 
-def _subfolder(model) -> str | None:
+def _subfolder(model: Any) -> str | None:
     """Where `save_pretrained` puts the active adapter."""
     return None if model.active_adapter == "default" else model.active_adapter
 
 
-def save_adapter_state(folder: str, model) -> None:
+def save_adapter_state(folder: str, model: Any) -> None:
     """Writes the active adapter's files."""
     write_adapter(os.path.join(folder, _subfolder(model) or ""), model.config, model.adapter.learned_state())
 
 
-def load_adapter_state(folder: str, model) -> None:
+def load_adapter_state(folder: str, model: Any) -> None:
     """Reads the active adapter's files into it.
 
     Raises:
@@ -104,12 +105,14 @@ def load_adapter_state(folder: str, model) -> None:
 # ---------------------------------------------------------------------- the state of a training
 
 
-def _names_in_order(learned: dict[str, nn.Parameter], optimizer) -> list[str]:
+def _names_in_order(learned: dict[str, nn.Parameter], optimizer: Any) -> list[str]:
     names = {id(parameter): name for name, parameter in learned.items()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def save_training_state(folder: str, learned: dict[str, nn.Parameter], optimizer, scheduler, **others) -> None:
+def save_training_state(
+    folder: str, learned: dict[str, nn.Parameter], optimizer: Any, scheduler: Any, **others: dict
+) -> None:
     """Writes optimizer, scheduler and whatever else has a state: numbers as JSON, tensors as safetensors.
 
     Args:
@@ -132,7 +135,9 @@ def save_training_state(folder: str, learned: dict[str, nn.Parameter], optimizer
         json.dump(numbers, file, default=float, indent=1)
 
 
-def load_training_state(folder: str, learned: dict[str, nn.Parameter], optimizer, scheduler) -> dict[str, dict]:
+def load_training_state(
+    folder: str, learned: dict[str, nn.Parameter], optimizer: Any, scheduler: Any
+) -> dict[str, dict]:
     """Reads what `save_training_state` wrote into optimizer and scheduler, and returns the other states."""
     parts = _read_training_state(folder)
     names = _names_in_order(learned, optimizer)
@@ -161,7 +166,7 @@ def _read_json(path: str) -> dict:
     with open(path, encoding="utf-8") as file:
         values = json.load(file)
     if not {"param_names", "param_groups", "scheduler"} <= set(values):
-        raise ValueError("it has no state of an optimizer")
+        raise ValueError("it does not say what learned; was it written by another version?")
     return values
 
 
@@ -175,7 +180,7 @@ def read_checkpoint(folder: str) -> TrainerState:
     return _read(folder, TRAINER_STATE, TrainerState.load_from_json)
 
 
-def _read(folder: str, name: str, reader: Callable):
+def _read(folder: str, name: str, reader: Callable[[str], Any]) -> Any:
     path = os.path.join(folder, name) if name else folder
     try:
         return reader(path)
@@ -277,11 +282,12 @@ def push(folder: str, strategy: HubStrategy, repo_id: str, token: str | None, re
     operations = [CommitOperationAdd(path, content) for path, content in sent.items()]
     api = HfApi(token=token)
 
-    def commit():
+    def commit() -> CommitInfo | None:
         try:
             message = f"Training in progress, {os.path.basename(folder)}"
             return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
         except Exception as error:
             logger.warning("%s was not pushed (%s); it is whole on this machine.", folder, error)
+            return None
 
     return api.run_as_future(commit)

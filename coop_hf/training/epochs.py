@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class Epochs(Dataset):
             gives for view e mod num_views, handed out beside the pixels.
     """
 
-    def __init__(self, dataset, batch_size: int, seed: int, frozen: torch.Tensor | None = None):
+    def __init__(self, dataset: Any, batch_size: int, seed: int, frozen: torch.Tensor | None = None):
         self.dataset, self.seed, self.frozen = dataset, seed, frozen
         self.size = max(1, len(dataset) // batch_size) * batch_size
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are running see it, too
@@ -48,7 +49,7 @@ class Epochs(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]):
+    def __getitems__(self, indices: list[int]) -> Any:
         epoch, size = int(self._epoch), len(self.dataset)
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(size))
@@ -71,22 +72,22 @@ class Epochs(Dataset):
 class EpochCallback(TrainerCallback):
     """Tells the data which epoch begins, seeds each step, and averages the weights at the end of each epoch."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epochs.begin(state.global_step // self.trainer.steps_per_epoch)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What an adapter draws (dropout) is a function of seed, step and process, as everything else is.
         torch.manual_seed((args.seed * 2**40 + state.global_step * 2**14 + args.process_index) % 2**63)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         average = self.trainer.average
         if average is not None and state.global_step % self.trainer.steps_per_epoch == 0:
             average.add(state.global_step // self.trainer.steps_per_epoch)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.average is not None:
             self.trainer.average.use()
 

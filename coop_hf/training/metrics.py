@@ -1,10 +1,13 @@
 """Accuracy, macro-F1 and per-class accuracy, as an `evaluate.Metric` and for `transformers.Trainer`."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+from transformers import EvalPrediction
 
 
 __all__ = ["ClassificationAccuracy", "classification_scores", "make_compute_metrics"]
@@ -22,7 +25,7 @@ Returns:
 """
 
 
-def _class_indices(values, what):
+def _class_indices(values: Any, what: str) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or (values.dtype.kind not in "iu" and not (values == np.floor(values)).all()):
         raise ValueError(
@@ -31,7 +34,9 @@ def _class_indices(values, what):
     return values.astype(np.int64)
 
 
-def classification_scores(predictions, references, class_names=None, num_classes=None):
+def classification_scores(
+    predictions: Any, references: Any, class_names: list[str] | None = None, num_classes: int | None = None
+) -> dict[str, Any]:
     """
     Accuracy, macro-F1 and the accuracy of each class.
 
@@ -109,12 +114,12 @@ class ClassificationAccuracy(evaluate.Metric):
     ```
     """
 
-    def __init__(self, keep_in_memory=None, **kwargs):
+    def __init__(self, keep_in_memory: bool | None = None, **kwargs: Any):
         if keep_in_memory is None:
             keep_in_memory = kwargs.get("num_process", 1) == 1
         super().__init__(keep_in_memory=keep_in_memory, **kwargs)
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
@@ -124,11 +129,15 @@ class ClassificationAccuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, class_names=None, num_classes=None):
+    def _compute(
+        self, predictions: Any, references: Any, class_names: list[str] | None = None, num_classes: int | None = None
+    ) -> dict[str, Any]:
         return classification_scores(predictions, references, class_names, num_classes)
 
 
-def _scores_for_trainer(eval_prediction, class_names, per_class):
+def _scores_for_trainer(
+    eval_prediction: EvalPrediction, class_names: list[str] | None, per_class: bool
+) -> dict[str, float]:
     predictions, references = eval_prediction.predictions, eval_prediction.label_ids
     # A model with several outputs gives a tuple, logits first.
     predictions = np.asarray(predictions[0] if isinstance(predictions, (tuple, list)) else predictions)
@@ -155,7 +164,9 @@ def _scores_for_trainer(eval_prediction, class_names, per_class):
     return result
 
 
-def make_compute_metrics(class_names=None, per_class=False):
+def make_compute_metrics(
+    class_names: list[str] | None = None, per_class: bool = False
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """
     A `compute_metrics` function for `transformers.Trainer`.
 

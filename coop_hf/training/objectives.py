@@ -9,10 +9,12 @@ of the frozen model with the hand-written template.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..baselines.zero_shot import IMAGENET_80_TEMPLATES
@@ -51,24 +53,34 @@ class Frozen:
         parameters (`list[nn.Parameter]`): what learns.
     """
 
-    def __init__(self, model, output, images=None, image_embeds=None, share=1.0, kept=None):
+    def __init__(
+        self,
+        model: Any,
+        output: Any,
+        images: dict[str, Tensor] | None = None,
+        image_embeds: Tensor | None = None,
+        share: Tensor | float = 1.0,
+        kept: dict | None = None,
+    ):
         self._model, self._output, self._images, self._image_embeds = model, output, images, image_embeds
         self._share, self._kept = share, {} if kept is None else kept
         self.parameters = list(model.learned_parameters().values())
 
     @property
-    def text_embeds(self) -> torch.Tensor:
+    def text_embeds(self) -> Tensor:
         """`(num_classes, projection_dim)`: embeddings of the template prompts, normalised."""
-        return self._model.template_embeds().to(self._output.logits.device)
+        if () not in self._kept:
+            self._kept[()] = self._model.template_embeds()
+        return self._kept[()].to(self._output.logits.device)
 
-    def ensemble_embeds(self, templates) -> torch.Tensor:
+    def ensemble_embeds(self, templates: Sequence[str]) -> Tensor:
         """`(num_classes, projection_dim)`: mean over templates of the features, normalised."""
         if tuple(templates) not in self._kept:
             self._kept[tuple(templates)] = _mean_template_embeds(self._model, templates)
         return self._kept[tuple(templates)].to(self._output.logits.device)
 
     @property
-    def image_embeds(self) -> torch.Tensor:
+    def image_embeds(self) -> Tensor:
         """`(batch, projection_dim)`: normalised. The learning model's own where its image tower is the frozen one."""
         if self._image_embeds is None:
             self._image_embeds = self._output.image_embeds
@@ -78,29 +90,31 @@ class Frozen:
         return F.normalize(self._image_embeds.detach().to(self._output.logits.device).float(), dim=-1)
 
     @property
-    def logits(self) -> torch.Tensor:
+    def logits(self) -> Tensor:
         """`(batch, num_classes)`: scores of the images against the template prompts."""
         return self.scores(self.text_embeds)
 
-    def scores(self, text_embeds: torch.Tensor) -> torch.Tensor:
+    def scores(self, text_embeds: Tensor) -> Tensor:
         """`(batch, num_classes)`: scores of the images against class embeddings."""
         family = self._model.family
         with torch.autocast(text_embeds.device.type, enabled=False):
             scores = self._model.logit_scale.to(text_embeds.device) * self.image_embeds @ text_embeds.T
             return scores if family.logit_bias is None else scores + family.logit_bias.to(scores.device)
 
-    def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
+    def gradients(self, loss: Tensor) -> list[Tensor]:
         """Gradients of the mean over processes of `loss` by each of `parameters`; all processes call it together."""
-        gradients = torch.autograd.grad(loss * self._share, self.parameters, retain_graph=True)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
-        return list(gradients)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        gradients = torch.autograd.grad(loss * self._share, self.parameters, **options)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return list(gradients)
+        gradients = [gradient.clone() for gradient in gradients]  # two of them may be one tensor
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        return [gradient / dist.get_world_size() for gradient in gradients]
 
 
 @torch.no_grad()
-def _mean_template_embeds(model, templates) -> torch.Tensor:
+def _mean_template_embeds(model: Any, templates: Sequence[str]) -> Tensor:
     """Normalised means over templates of the class features, which are not normalised before."""
     total = 0.0
     for template in templates:
@@ -110,13 +124,13 @@ def _mean_template_embeds(model, templates) -> torch.Tensor:
     return F.normalize(total, dim=-1)
 
 
-def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _mean(losses: Tensor, labels: Tensor) -> Tensor:
     """Mean over the images that count, of losses `(batch,)`."""
     counts = labels.ne(-100)
     return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp_min(1)
 
 
-def cross_entropy(output, labels, frozen=None, label_smoothing: float = 0.0) -> torch.Tensor:
+def cross_entropy(output: Any, labels: Tensor, frozen: Any = None, label_smoothing: float = 0.0) -> Tensor:
     """-log p of the true class (CoOp, https://arxiv.org/abs/2109.01134, equation 3).
 
     Args:
@@ -127,7 +141,7 @@ def cross_entropy(output, labels, frozen=None, label_smoothing: float = 0.0) -> 
     return total / labels.ne(-100).sum().clamp_min(1)
 
 
-def kgcoop(output, labels, frozen, weight: float = 8.0, label_smoothing: float = 0.0) -> torch.Tensor:
+def kgcoop(output: Any, labels: Tensor, frozen: Frozen, weight: float = 8.0, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy + weight · mean_c(1 - cos(t_c, t⁰_c)) (KgCoOp, https://arxiv.org/abs/2303.13283).
 
     As the public code has it; the paper's squared distance of normalised embeddings is twice 1 - cos.
@@ -142,8 +156,13 @@ def kgcoop(output, labels, frozen, weight: float = 8.0, label_smoothing: float =
 
 
 def prograd(
-    output, labels, frozen, weight: float = 1.0, temperature: float = 1.0, label_smoothing: float = 0.0
-) -> torch.Tensor:
+    output: Any,
+    labels: Tensor,
+    frozen: Frozen,
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Cross-entropy whose gradient keeps to what the frozen model knows (ProGrad, https://arxiv.org/abs/2205.14865).
 
     With g_d = ∇CE and g_g = ∇(-T² Σ_c p⁰_c log p_c), both softmaxes of logits / T: where ⟨g_d, g_g⟩ < 0 the gradient
@@ -172,15 +191,15 @@ def prograd(
 
 
 def promptsrc(
-    output,
-    labels,
-    frozen,
+    output: Any,
+    labels: Tensor,
+    frozen: Frozen,
     text_weight: float = 25.0,
     image_weight: float = 10.0,
     logit_weight: float = 1.0,
-    templates=PROMPTSRC_TEMPLATES,
+    templates: Sequence[str] = PROMPTSRC_TEMPLATES,
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Cross-entropy + text_weight · mean|t - t⁰| + image_weight · mean|v - v⁰| + logit_weight · mean_c KL(p⁰‖p).
 
     PromptSRC, https://arxiv.org/abs/2307.06948, as its public code has it: absolute differences are means over
@@ -202,7 +221,7 @@ def promptsrc(
     return loss + text_weight * text + image_weight * image + logit_weight * divergence
 
 
-def sigmoid(output, labels, frozen=None) -> torch.Tensor:
+def sigmoid(output: Any, labels: Tensor, frozen: Any = None) -> Tensor:
     """-Σ_c log σ(±logit_c), + for the true class (SigLIP, https://arxiv.org/abs/2303.15343), bias included.
 
     Args:
@@ -219,7 +238,7 @@ prograd.needs_frozen_images = promptsrc.needs_frozen_images = True
 OBJECTIVES: dict[str, Callable] = {f.__name__: f for f in (cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
 
 
-def get_objective(objective: str | Callable, **kwargs) -> Callable:
+def get_objective(objective: str | Callable, **kwargs: Any) -> Callable:
     """The objective of a name, or a function as it is, with its keyword arguments filled in.
 
     Raises:

@@ -6,15 +6,18 @@ and files (an adapter and the state of its training instead of a model). The tra
 
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import HfApi
-from torch.utils.data import Dataset, SequentialSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -67,10 +70,10 @@ class CoOpTrainer(Trainer):
         self,
         model: CoOpModel | None = None,
         args: CoOpTrainingArguments | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        compute_metrics=None,
-        **kwargs,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        compute_metrics: Callable | None = None,
+        **kwargs: Any,
     ):
         if not isinstance(model, CoOpModel):
             raise TypeError(f"CoOpTrainer trains a CoOpModel, got {type(model).__name__}.")
@@ -86,12 +89,12 @@ class CoOpTrainer(Trainer):
             args._n_gpu = 1
         if args.text_chunk_size is not None:
             model.text_chunk_size = args.text_chunk_size
-        seed = args.data_seed if args.data_seed is not None else args.seed
         self._image_options = {
             "image_column": args.image_column,
             "label_column": args.label_column,
-            "seed": seed,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
             "on_bad_image": args.on_bad_image,
+            "original": args.recipe == "paper",
         }
         self.about: dict = {}
         self._measured: dict = {}
@@ -102,16 +105,15 @@ class CoOpTrainer(Trainer):
         self.average: GaussianAverage | None = None
         # An adapter that changes the image tower needs the pixels at every step.
         self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
-        method = model.config.method
-        size = _embedding_size(model)
+        given = (_embedding_size(model), model.config.method, self._is_cached)
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
             train_dataset = self._as_images(train_dataset, model, augment=augment)
             counts = _class_counts(train_dataset, model.class_names)
-            args.complete(len(train_dataset), int(counts.max()), len(counts), size, method, self._is_cached)
+            args.complete(len(train_dataset), int(counts.max()), len(counts), *given)
             _check_objective(args, self._is_cached)
         elif args.per_device_train_batch_size is None:
-            args.complete(1, 1, 1, size, method)
+            args.complete(1, 1, 1, *given)
         self.objective = args.get_objective()
         if isinstance(eval_dataset, dict) and not hasattr(eval_dataset, "set_epoch"):
             eval_dataset = {name: self._as_images(part, model) for name, part in eval_dataset.items()}
@@ -138,7 +140,7 @@ class CoOpTrainer(Trainer):
 
     # ------------------------------------------------------------------ data
 
-    def _as_images(self, dataset, model: CoOpModel, augment: bool = False):
+    def _as_images(self, dataset: Any, model: CoOpModel, augment: bool = False) -> Any:
         """`LabelledImages` of a `datasets.Dataset`, checked; any other data set as it is."""
         if not hasattr(dataset, "column_names"):
             images = isinstance(dataset, LabelledImages) or not model.adapter.prompts_image_tower
@@ -155,7 +157,7 @@ class CoOpTrainer(Trainer):
             model.set_class_names(images.class_names)
         return images
 
-    def _as_embeddings(self, dataset, num_views: int | None):
+    def _as_embeddings(self, dataset: Any, num_views: int | None) -> Any:
         """Embeddings of images, computed once, if `args` ask for that; any other data set as it is."""
         if not isinstance(dataset, LabelledImages) or not self._is_cached:
             return dataset
@@ -165,7 +167,7 @@ class CoOpTrainer(Trainer):
             self._embedded[key] = (dataset, EmbeddedImages(self._embed(dataset, num_views), dataset.labels))
         return self._embedded[key][1]
 
-    def _embed(self, dataset: LabelledImages, num_views: int | None) -> torch.Tensor:
+    def _embed(self, dataset: LabelledImages, num_views: int | None) -> Tensor:
         """What the frozen image tower gives: `(num_views or 1, len(dataset), projection_dim)`."""
         with torch.no_grad(), self.accelerator.autocast(), self.model.disable_adapter():
             return embed_images(
@@ -181,7 +183,7 @@ class CoOpTrainer(Trainer):
                 progress=not self.args.disable_tqdm and self.is_local_process_zero(),
             )
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         """The training batches. An incomplete last batch of an epoch is left out, as in the paper's code."""
         args = self.args
         num_images, group = len(self.train_dataset), args.world_size * args.gradient_accumulation_steps
@@ -199,25 +201,25 @@ class CoOpTrainer(Trainer):
             num_views = self.num_epochs if args.recipe == "paper" else 0
         dataset, frozen = self._as_embeddings(self.train_dataset, num_views), None
         if isinstance(dataset, LabelledImages):
-            logger.info("Training takes the images themselves, through the image tower at every step.")
+            logger.info("Training takes the images themselves through the image tower, at every step.")
             asks = getattr(self.objective, "needs_frozen_images", False) and args.cache_features
             if asks and self.model.adapter.prompts_image_tower:
                 frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
         self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen)
         return self._get_dataloader(self.epochs, "Training", self._train_batch_size, SequentialSampler, True)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The evaluation batches, of plain views."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         return super().get_eval_dataloader(self._as_embeddings(self._as_images(dataset, self.model), None))
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The batches of `predict`, of plain views."""
         return super().get_test_dataloader(self._as_embeddings(self._as_images(test_dataset, self.model), None))
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As `transformers.Trainer.train`."""
         checkpoints.check_learned(self.model)
         self._kept.clear()
@@ -237,7 +239,9 @@ class CoOpTrainer(Trainer):
 
     # ------------------------------------------------------------------ loss and schedule
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """As of `transformers.Trainer`, with the objective of the arguments."""
         self._frozen = {
             "image_embeds": inputs.pop(FROZEN_IMAGE_EMBEDS, None),
@@ -245,22 +249,21 @@ class CoOpTrainer(Trainer):
         }
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _mean_loss(self, outputs, labels, num_items_in_batch=None):
+    def _mean_loss(self, outputs: CoOpOutput, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The objective, averaged over the images of the global batch: all processes, all accumulation steps."""
         count = labels.ne(-100).sum()
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
         if not self.model.training:
             return self._eval_loss(outputs, labels) * share
-        kept = {"share": share * self.args.world_size, "kept": self._kept}
-        frozen = Frozen(self.model, outputs, **self._frozen, **kept)
+        frozen = Frozen(self.model, outputs, share=share * self.args.world_size, kept=self._kept, **self._frozen)
         return self.objective(outputs, labels, frozen) * share
 
-    def _eval_loss(self, outputs, labels):
+    def _eval_loss(self, outputs: CoOpOutput, labels: Tensor) -> Tensor:
         if self.args.objective == "sigmoid":
             return sigmoid(outputs, labels)
         return cross_entropy(outputs, labels, label_smoothing=self.args.label_smoothing_factor)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As of `transformers.Trainer`; the loss is the mean over the images, each counted once."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         whole = isinstance(output.predictions, np.ndarray) and isinstance(output.label_ids, np.ndarray)
@@ -270,7 +273,7 @@ class CoOpTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
         return output
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             saved = checkpoints.last_checkpoint(self.args.output_dir)
@@ -281,18 +284,18 @@ class CoOpTrainer(Trainer):
             )
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Only what is learned has a gradient: there is no need to walk through the base at every step.
         if grad_norm is None and getattr(self.accelerator, "scaler", None) is None:
             learned = self.model.learned_parameters().values()
             return torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         return super()._get_grad_norm(model, grad_norm)
 
-    def get_decay_parameter_names(self, model) -> list[str]:
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Weight decay applies to all that learns, whatever its name."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None and self.args.steps_by_epoch:
             warmup = PAPER_WARMUP_LR / self.args.learning_rate if self.args.learning_rate else 0.0
             factor = epoch_cosine(self.steps_per_epoch, self.num_epochs, warmup)
@@ -302,7 +305,7 @@ class CoOpTrainer(Trainer):
 
     # ------------------------------------------------------------------ files
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The active adapter and the arguments; nothing pickled, and never the base."""
         if not self.args.should_save:
             return
@@ -319,7 +322,7 @@ class CoOpTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def create_model_card(self, **kwargs) -> None:
+    def create_model_card(self, **kwargs: Any) -> None:
         """Writes the model card into `output_dir`. What it says comes from the training; a person's edits stay."""
         if self.is_world_process_zero():
             self._write_card(self.args.output_dir)
@@ -339,7 +342,9 @@ class CoOpTrainer(Trainer):
                 summary["shots"] = int(counts.max())
         return summary
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """As `transformers.Trainer.evaluate`. The model card tells the last result with and without the adapter."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         name = "zero_shot_metrics" if self.model.is_disabled else "metrics"
@@ -351,7 +356,7 @@ class CoOpTrainer(Trainer):
                 self._measured["num_eval"] = len(dataset)
         return metrics
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes `checkpoint-N` beside its place and moves it there when it is whole, so that none is ever half."""
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
@@ -393,12 +398,11 @@ class CoOpTrainer(Trainer):
                 if states.get(name):
                     other.load_state_dict(states[name])
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoints.read_checkpoint(resume_from_checkpoint)
         checkpoints.load_adapter_state(resume_from_checkpoint, self.model)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best adapter, %s.", self.state.best_model_checkpoint)
         checkpoints.load_adapter_state(self.state.best_model_checkpoint, self.model)
 
     # ------------------------------------------------------------------ the Hub
@@ -410,8 +414,8 @@ class CoOpTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Puts the active adapter and its card on the Hub, in one commit.
 
         Args:
@@ -466,7 +470,7 @@ class CoOpTrainer(Trainer):
             self.push_in_progress.jobs.append(job)
 
 
-def _collate(examples):
+def _collate(examples: Any) -> dict[str, Tensor]:
     batch = collate(examples)
     if not isinstance(examples, dict) and FROZEN_IMAGE_EMBEDS in examples[0]:
         batch[FROZEN_IMAGE_EMBEDS] = torch.stack([example[FROZEN_IMAGE_EMBEDS] for example in examples])
@@ -480,7 +484,7 @@ def _embedding_size(model: CoOpModel) -> float:
         return embedding.weight.float().pow(2).mean().sqrt().item()
 
 
-def _class_counts(dataset, class_names: list[str], strict: bool = True) -> np.ndarray:
+def _class_counts(dataset: Any, class_names: list[str], strict: bool = True) -> np.ndarray:
     """Images of each class, `(num_classes,)`; a class without any is refused."""
     labels = np.asarray(
         dataset.labels if hasattr(dataset, "labels") else [dataset[i]["labels"] for i in range(len(dataset))]
