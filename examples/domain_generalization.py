@@ -64,7 +64,7 @@ def main() -> None:
         splits = load_splits(replace(other, train_split="train", eval_split=None))
         name = os.path.basename(path)
         test = {"test": splits.get("test", next(iter(splits.values())))}
-        targets.append(make_task(model, test, name, *columns, class_names.get(name)))
+        targets.append(make_task(model, test, name, *columns, class_names.get(name), original=args.recipe == "paper"))
 
     protocol = "cross_dataset_transfer" if args.transfer else "domain_generalization"
     path = os.path.join(args.output_dir, f"{protocol}.json")

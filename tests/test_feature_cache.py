@@ -1,13 +1,13 @@
 import logging
 import os
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import Siglip2ImageProcessor
+from family_kit import FAMILIES, family_images, fresh_family, make_family
+from torch.nn import functional as F
 
 from coop_hf import CoOpModel, EmbeddedImages, LabelledImages, embed_images
 from coop_hf.data.feature_cache import FeatureCache, default_cache_dir
@@ -189,43 +189,32 @@ def test_processors_of_different_kinds_are_not_mixed_up(model, image_processor, 
     assert sum(counted) == 9
 
 
-class FlexibleTower:
-    """An image tower in the form of SigLIP 2's: what is padded does not count."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.base = torch.nn.ModuleDict({"vision_model": torch.nn.Linear(192, 5), "text_model": torch.nn.Linear(2, 2)})
-        self.base.config = SimpleNamespace(
-            vision_config=SimpleNamespace(to_json_string=lambda: "flexible"), projection_dim=5
-        )
-        self.seen = 0
-
-    def get_base_model(self):
-        return self.base
-
-    def get_image_features(self, pixel_values, pixel_attention_mask, spatial_shapes):
-        self.seen += len(pixel_values)
-        assert torch.equal(pixel_attention_mask.sum(1), spatial_shapes.prod(1).to(pixel_attention_mask.dtype))
-        return (self.base["vision_model"](pixel_values) * pixel_attention_mask[..., None]).sum(1)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_embedded_as_by_itself(name, tmp_path):
+    base, processor = make_family(name)
+    model = CoOpModel(base, class_names=["a", "b", "c"], processor=processor)
+    data = pictures(5)
+    embeddings = embed_images(model, labelled(data, processor), cache_dir=tmp_path, batch_size=2, progress=False)
+    own = family_images(base, processor, data["image"][:])
+    torch.testing.assert_close(F.normalize(embeddings[0], dim=-1), F.normalize(own, dim=-1), rtol=1e-5, atol=1e-5)
+    views = embed_images(model, labelled(data, processor), 2, cache_dir=tmp_path, batch_size=2, progress=False)
+    assert views.shape == (2, 5, model.family.projection_dim) and not torch.allclose(views[0], views[1])
 
 
 def test_naflex_images_are_embedded_with_their_masks(tmp_path):
-    tower, images = FlexibleTower(), labelled(pictures(5), Siglip2ImageProcessor(patch_size=8, max_num_patches=9))
-    embeddings = embed_images(tower, images, cache_dir=tmp_path, batch_size=2, progress=False)
-    with torch.no_grad():
-        expected = [tower.get_image_features(**{k: v[None] for k, v in images.view(i).items()})[0] for i in range(5)]
-        torch.testing.assert_close(embeddings[0], torch.stack(expected))
-        tower.base["text_model"].weight.add_(1)  # of no account for images
-    tower.seen = 0
-    assert torch.equal(embed_images(tower, images, cache_dir=tmp_path, progress=False), embeddings)
-    assert tower.seen == 0
-    with torch.no_grad():
-        tower.base["vision_model"].bias.add_(1)
-    assert not torch.equal(embed_images(tower, images, cache_dir=tmp_path, progress=False), embeddings)
-    views = embed_images(tower, labelled(pictures(5), Siglip2ImageProcessor(patch_size=8, max_num_patches=9)), 2,
-                         cache_dir=tmp_path, progress=False)  # fmt: skip
-    assert views.shape == (2, 5, 5)
+    base, processor = fresh_family("siglip2_naflex")
+    model = CoOpModel(base, class_names=["a", "b", "c"], processor=processor)
+    noise = PIL.Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 60, 3), np.uint8))
+    data = [noise.crop((0, 0, width, 20)) for width in (12, 32, 60)]
+    images = LabelledImages([(image, "abc"[i]) for i, image in enumerate(data)], processor)
+    embeddings = embed_images(model, images, cache_dir=tmp_path, batch_size=3, progress=False)
+    with torch.no_grad():  # one by one, without anything that is padded
+        for index in range(3):
+            made = images.view(index)
+            assert made["pixel_attention_mask"].sum() == made["spatial_shapes"].prod()
+            alone = model.get_image_features(**{key: value[None] for key, value in made.items() if key != "labels"})
+            torch.testing.assert_close(embeddings[0, index], alone[0], rtol=1e-5, atol=1e-5)
+    assert len({tuple(images.view(index)["spatial_shapes"].tolist()) for index in range(3)}) == 3
 
 
 def test_a_changed_file_is_computed_again(model, processor, tmp_path, counted):

@@ -8,10 +8,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import COLOUR_NAMES, COLOUR_OPTIONS
+from conftest import COLOUR_NAMES, COLOUR_OPTIONS, picture
 
 from coop_hf import CoOpModel
 from coop_hf.baselines import class_embeddings, fit_linear_probe, zero_shot_logits
+from coop_hf.data.transforms import eval_transform
 from coop_hf.experiments import protocols as p
 from coop_hf.experiments import tables
 from coop_hf.experiments.methods import METHODS, Method, Options
@@ -28,6 +29,11 @@ def test_map_classes():
     assert mapped.tolist() == [[5.0, 3.0]]
     with pytest.raises(ValueError, match="no class of the source stands for 'cat'"):
         p.map_classes(logits, source, target)
+    twice = ["missile", "dog", "missile"]  # as in ImageNet's list
+    logits = torch.tensor([[1.0, 5.0, 3.0]])
+    assert p.map_classes(logits, twice, twice).tolist() == [[1.0, 5.0, 3.0]]
+    assert p.map_classes(logits, twice, ["dog", "missile"]).tolist() == [[5.0, 3.0]]
+    logits = torch.tensor([[1.0, 5.0, 3.0, 9.0]])
     with pytest.raises(ValueError, match="neither list has: 'owl'"):
         p.map_classes(logits, source, target, {"owl": "cat"})
 
@@ -156,6 +162,23 @@ def test_label_noise_reaches_the_methods(model, task, tmp_path):
     table = tables.scores_by_method(results, methods, "noise")
     assert list(table["x"]) == [0.0, 0.5] and list(table["zero-shot CLIP"]) == [None]
     assert tables.results_table(table, [0.0, 0.5]).count("|") == 4 * 4
+
+
+def test_the_paper_s_recipe_crops_as_the_public_code(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path))
+    images = [picture(seed, (35, 29)) for seed in range(2)]  # resized to 19 x 16: a rest of 3
+    test = datasets.Dataset.from_dict({"image": images, "label": ["cat", "dog"]})
+    test = test.cast_column("image", datasets.Image())
+    own, original = (
+        make_task(model, {"test": test}, "x", progress=False, original=original).parts["test"][0]
+        for original in (False, True)
+    )
+    with torch.no_grad():
+        expected = model.get_image_features(
+            torch.stack([eval_transform(model.image_processor, original=True)(image) for image in images])
+        )
+    torch.testing.assert_close(original, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(own, original, atol=1e-3)
 
 
 def test_choose_template_looks_at_validation(model, task):

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..atomic import write_atomically
 from ..checks import check_class_names, clean_class_name
 from ..core.layout import encode_words, fill_template
-from .zero_shot import family_of, get_tokenizer, mean_text_embeddings
+from .zero_shot import _TEXTS, family_of, get_tokenizer, mean_text_embeddings
 
 
 __all__ = [
@@ -41,54 +41,7 @@ MAX_PROMPT_FILE_BYTES = 256 * 2**20
 TOO_LONG = ("error", "truncate")
 
 # The paper's questions (its appendix), under CoOp's names of the data sets. "a {}" becomes "an {}" before a vowel.
-CUPL_QUESTIONS = {
-    "Caltech101": (
-        "Describe what a {} looks like",
-        "What does a {} look like",
-        "Describe a photo of a {}",
-    ),
-    "DescribableTextures": tuple(
-        f"What does a {{}} {kind} look like?"
-        for kind in ("material", "surface", "texture", "object", "thing", "pattern")
-    ),
-    "FGVCAircraft": ("Describe a {} aircraft", "Describe the {} aircraft"),
-    "Food101": (
-        "Describe what a {} looks like",
-        "Visually describe a {}",
-        "How can you tell that the food in this photo is a {}?",
-    ),
-    "ImageNet": (
-        "Describe what a {} looks like",
-        "How can you identify a {}?",
-        "What does a {} look like?",
-        "Describe an image from the internet of a {}",
-        "A caption of an image of a {}:",
-    ),
-    "OxfordFlowers": (
-        "What does a {} flower look like",
-        "Describe the appearance of a {}",
-        "A caption of an image of a {}",
-        "Visually describe a {}, a type of flower",
-    ),
-    "OxfordPets": ("Describe what a {} pet looks like", "Visually describe a {}, a type of pet"),
-    "StanfordCars": (
-        "How can you identify a {}",
-        "Description of a {}, a type of car",
-        "A caption of a photo of a {}:",
-        "What are the primary characteristics of a {}?",
-        "Description of the exterior of a {}",
-        "What are the identifying characteristics of a {}, a type of car?",
-        "Describe an image from the internet of a {}",
-        "What does a {} look like?",
-        "Describe what a {}, a type of car, looks like",
-    ),
-    "SUN397": ("Describe what a {} looks like", "How can you identify a {}?", "Describe a photo of a {}"),
-    "UCF101": (
-        "What does a person doing {} look like",
-        "Describe the process of {}",
-        "How does a person {}",
-    ),
-}
+CUPL_QUESTIONS: dict[str, tuple[str, ...]] = {name: tuple(own) for name, own in _TEXTS["cupl_questions"].items()}
 
 
 # ---------------------------------------------------------------------- the file

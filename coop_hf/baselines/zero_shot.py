@@ -7,7 +7,9 @@ For class c with the texts t of its templates and the text tower g,
 as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4); one template makes it plain zero-shot CLIP.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,60 +31,15 @@ __all__ = [
     "zero_shot_logits",
 ]
 
+_TEXTS = json.loads((Path(__file__).parent / "texts.json").read_text(encoding="utf-8"))
+
 # CoOp's hand-written template of each data set, under the names that its configuration files use.
-HAND_TEMPLATES = {
-    "Caltech101": "a photo of a {}.",
-    "DescribableTextures": "{} texture.",
-    "EuroSAT": "a centered satellite photo of {}.",
-    "FGVCAircraft": "a photo of a {}, a type of aircraft.",
-    "Food101": "a photo of {}, a type of food.",
-    "ImageNet": "a photo of a {}.",
-    "ImageNetA": "a photo of a {}.",
-    "ImageNetR": "a photo of a {}.",
-    "ImageNetSketch": "a photo of a {}.",
-    "ImageNetV2": "a photo of a {}.",
-    "OxfordFlowers": "a photo of a {}, a type of flower.",
-    "OxfordPets": "a photo of a {}, a type of pet.",
-    "StanfordCars": "a photo of a {}.",
-    "SUN397": "a photo of a {}.",
-    "UCF101": "a photo of a person doing {}.",
-}
+HAND_TEMPLATES: dict[str, str] = _TEXTS["hand_templates"]
 
-# CLIP's subset of seven, found by forward selection over the eighty for the largest models.
-IMAGENET_7_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
-
-# CLIP's eighty ImageNet templates, by the article that stands before the name ("itap": I took an image).
-_WITH_A = (
-    "a bad photo of a|a sculpture of a|a rendering of a|graffiti of a|a tattoo of a|a photo of a hard to see|"
-    "a bright photo of a|a photo of a clean|a photo of a dirty|a drawing of a|a close-up photo of a|a painting of a|"
-    "a cropped photo of a|a plastic|a jpeg corrupted photo of a|a doodle of a|a photo of a|a sketch of a|a origami|"
-    "a low resolution photo of a|a photo of a large|a rendition of a|a photo of a nice|a photo of a weird|"
-    "a blurry photo of a|a cartoon|art of a|a embroidered|a pixelated photo of a|a good photo of a|a plushie|"
-    "a black and white photo of a|a dark photo of a|itap of a|a toy|a photo of a cool|a photo of a small"
-).split("|")
-_WITH_THE = (
-    "a photo of the hard to see|a low resolution photo of the|a bad photo of the|a cropped photo of the|"
-    "the embroidered|a dark photo of the|the plastic|a photo of the cool|a black and white photo of the|"
-    "a painting of the|a pixelated photo of the|a sculpture of the|a bright photo of the|a photo of the dirty|"
-    "a blurry photo of the|a photo of the|a good photo of the|a rendering of the|a close-up photo of the|the origami|"
-    "a doodle of the|the toy|a rendition of the|a photo of the clean|a sketch of the|itap of the|"
-    "a jpeg corrupted photo of the|a photo of the nice|a photo of the small|a photo of the weird|the cartoon|"
-    "art of the|a drawing of the|a photo of the large|the plushie|graffiti of the|a tattoo of the"
-).split("|")
-_WITH_OTHERS = "a photo of many|a photo of my|a photo of one|itap of my".split("|")
-IMAGENET_80_TEMPLATES = (
-    *(f"{words} {{}}." for words in (*_WITH_A, *_WITH_THE, *_WITH_OTHERS)),
-    "a {} in a video game.",
-    "the {} in a video game.",
-)
+# CLIP's eighty ImageNet templates ("itap": I took an image), and its subset of seven, found by forward selection over
+# the eighty for the largest models.
+IMAGENET_80_TEMPLATES: tuple[str, ...] = tuple(_TEXTS["imagenet_80"])
+IMAGENET_7_TEMPLATES: tuple[str, ...] = tuple(_TEXTS["imagenet_7"])
 
 
 def family_of(model: Any) -> Family:

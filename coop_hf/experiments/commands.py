@@ -247,7 +247,8 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
     model = CoOpModel.from_pretrained(args.base_model or emoji_model_path())
     if torch.cuda.is_available():
         model.to("cuda")
-    task = make_task(model, splits, args.data_name, args.image_column, args.label_column, names)
+    columns, original = (args.image_column, args.label_column), args.recipe == "paper"
+    task = make_task(model, splits, args.data_name, *columns, names, original=original)
     pairs = [(shots, seed) for shots in args.shots for seed in args.seeds]
     if args.few_shot_indices is not None:
         if "validation" not in splits:

@@ -275,18 +275,21 @@ def map_classes(
     Raises:
         ValueError: unknown classes in the map, or a target class that no source class stands for.
     """
-    index = {clean_class_name(name): i for i, name in enumerate(target)}
-    own = {clean_class_name(name): clean_class_name(name) for name in source}
+    source, target = list(map(clean_class_name, source)), list(map(clean_class_name, target))
+    if source == target and not class_map:
+        return logits  # by index: a list may have a name twice, as ImageNet's has
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(target):
+        places.setdefault(name, []).append(place)
     given = {clean_class_name(a): clean_class_name(b) for a, b in (class_map or {}).items()}
-    unknown = [a for a in given if a not in own] + [b for b in given.values() if b not in index]
+    unknown = [a for a in given if a not in source] + [b for b in given.values() if b not in places]
     if unknown:
         raise ValueError(f"the class map names classes that neither list has: {', '.join(map(repr, unknown[:10]))}.")
     result = logits.new_full((len(logits), len(target)), -torch.inf)
-    for column, name in enumerate(own):
-        place = index.get(given.get(name, name))
-        if place is not None:
+    for column, name in enumerate(source):
+        for place in places.get(given.get(name, name), []):
             result[:, place] = torch.maximum(result[:, place], logits[:, column])
-    missing = [name for name, i in index.items() if torch.isinf(result[:, i]).all()]
+    missing = [name for name, own in places.items() if torch.isinf(result[:, own]).all()]
     if missing:
         raise ValueError(
             f"no class of the source stands for {', '.join(map(repr, missing[:10]))}: name one in the class map."

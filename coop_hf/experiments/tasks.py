@@ -76,6 +76,7 @@ def make_task(
     label_column: str = "label",
     class_names: list[str] | None = None,
     progress: bool = True,
+    original: bool = False,
 ) -> Task:
     """Embeds a data set, or takes its embeddings from the cache.
 
@@ -87,6 +88,8 @@ def make_task(
         image_column, label_column (`str`, *optional*): its columns.
         class_names (`list[str]`, *optional*): see `coop_hf.data.resolve_labels`.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+        original (`bool`, *optional*, defaults to `False`): images are cropped as by the public code, see
+            `coop_hf.data.transforms.eval_transform`; the commands do so with the paper's recipe.
 
     Returns:
         [`Task`].
@@ -97,7 +100,9 @@ def make_task(
     for part in ("train", "validation", "test"):
         if part not in splits:
             continue
-        labelled = LabelledImages(splits[part], model.image_processor, image_column, label_column, names)
+        labelled = LabelledImages(
+            splits[part], model.image_processor, image_column, label_column, names, original=original
+        )
         names = labelled.class_names
         embeds = embed_images(model, labelled, progress=progress)[0]
         parts[part] = (embeds, torch.as_tensor(labelled.labels))
