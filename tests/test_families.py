@@ -580,13 +580,13 @@ def test_a_base_wrapped_by_peft():
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(base, lora).eval()
     model = CoOpModel(wrapped, CoOpConfig(ctx_init="a photo of a"), NAMES, processor)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["adapters.default.context"]
     inputs = {**text_inputs(base, processor, sentences()), **image_inputs(processor, photos())}
     with torch.no_grad():
         expected = wrapped(**inputs).logits_per_image
         assert torch.allclose(model(**image_inputs(processor, photos())).logits, expected, atol=1e-5)
         with wrapped.disable_adapter():
             assert not torch.allclose(wrapped(**inputs).logits_per_image, expected, atol=1e-3)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["adapters.default.context"]
     features = model.get_text_features()
     context = model.context.detach().clone().requires_grad_()
     expected = reference_features(wrapped.get_base_model(), processor, NAMES, context, "end")

@@ -152,7 +152,7 @@ def _check_tokens(tokenizer: Any, model: Any, template: str, labels: list[str], 
         expected = [own[-1 - token] if token < 0 else token for token in row]
         if list(found) != expected:
             raise ValueError(
-                f"cannot merge: as text, the prompt of the class {model.class_names[c]!r} is another: the tokenizer reads "
-                f"{template.format(labels[c])!r} as {list(found)}, and the adapter stands for {expected}. Give the "
-                "class another name."
+                f"cannot merge: as text, the prompt of the class {model.class_names[c]!r} is another; the tokenizer "
+                f"reads {template.format(labels[c])!r} as {list(found)}, and the adapter stands for {expected}. "
+                "Give the class another name."
             )
