@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -185,6 +186,11 @@ def _explained(error: BaseException, name: str, filename: str, revision: str | N
         return OSError(
             f"{filename} of {where} is not in the cache, and the Hub answered that there were too many requests "
             "(429). Wait a few minutes and try again; with a token (`token=...`) the limit is higher."
+        )
+    if isinstance(said, FileMetadataError):
+        return OSError(
+            f"{filename} of {where} is not in the cache, and what answered is not the Hub: a network that asks for a "
+            "login first, or a proxy, does so."
         )
     if _is_transient(error) or _status(said) is not None:
         hung_up = f"hung up ({str(said)[:200] or type(said).__name__})"

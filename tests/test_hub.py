@@ -403,7 +403,7 @@ LOGIN = b"<html><body>Welcome to our network, please log in</body></html>"
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_a_login_page_is_no_file(here, published, tmp_path, method):
     here.fail(method, "/resolve/", status=200, body=LOGIN, times=1000)
-    with pytest.raises(OSError, match="does not seem to be served by|Consistency check failed"):
+    with pytest.raises(OSError, match="what answered is not the Hub|Consistency check failed"):
         read(tmp_path)
     here.faults.clear()
     assert read(tmp_path) == (published / "adapter_config.json").read_bytes()
