@@ -130,7 +130,7 @@ def _sweep(path: str) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict | None = None) -> None:
-    """`safetensors.torch.save_file`, which tells a full disk by an error that is no `OSError`; here it is one."""
+    """`safetensors.torch.save_file`, which tells a full disk by an error that is not an `OSError`; here it is one."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:

@@ -74,7 +74,7 @@ def check_class_names(class_names: Iterable[str]) -> list[str]:
             At least one name; all different once surrounding space is removed and underscores are read as spaces.
 
     Raises:
-        ValueError: no names, an empty name, a duplicate, or something that is no string; says which.
+        ValueError: no names, an empty name, a duplicate, or something that is not a string; says which.
     """
     if isinstance(class_names, (str, bytes)):
         raise ValueError(f"`class_names` must be a list of strings, got the single string {class_names[:80]!r}.")

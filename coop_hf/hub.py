@@ -175,8 +175,8 @@ def _explained(error: BaseException, name: str, filename: str, revision: str | N
         )
     if isinstance(said, (RepositoryNotFoundError, HFValidationError)):
         return OSError(
-            f"{name!r} is no folder on this machine, and there is no such repository on the Hub, or it is private and "
-            "no token with access was given (`token=...` or `hf auth login`)."
+            f"{name!r} is not a folder on this machine, and there is no such repository on the Hub, or it is private "
+            "and no token with access was given (`token=...` or `hf auth login`)."
         )
     if _status(said) == 401:
         return OSError(f"the Hub does not accept the token given for {where}: log in again with `hf auth login`.")
@@ -197,7 +197,7 @@ def _explained(error: BaseException, name: str, filename: str, revision: str | N
         reason = f"answered with the error {_status(said)}" if _status(said) else hung_up
         return OSError(f"{filename} of {where} is not in the cache, and the Hub {reason}. Try again later.")
     return OSError(
-        f"{filename} of {where} is not in the cache, and the Hub could not be reached. {name!r} is no folder on "
+        f"{filename} of {where} is not in the cache, and the Hub could not be reached. {name!r} is not a folder on "
         "this machine either: check the spelling, or connect once so that it can be downloaded."
     )
 

@@ -129,7 +129,7 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
         ValueError: the file is damaged, asks for code, or is a checkpoint of something else; says which.
     """
     path = find_coop_checkpoint(path, epoch)
-    problem = f"{path} is no usable checkpoint of the original CoOp code: "
+    problem = f"{path} is not a usable checkpoint of the original CoOp code: "
     checkpoint = _load_weights_only(path, problem)
     if not isinstance(checkpoint, dict):
         raise ValueError(problem + f"it holds a {type(checkpoint).__name__}, expected a dict with 'state_dict'.")
@@ -390,7 +390,7 @@ def _read_class_file(path: str) -> list[str]:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}); expected a list of names.") from None
+            raise ValueError(f"{path} is not JSON ({error}); expected a list of names.") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -97,8 +97,8 @@ def write_card(
 ) -> str:
     """Writes `README.md` into a folder that holds saved adapters, keeping what people wrote into it.
 
-    A card that cannot be merged (no UTF-8, metadata that is no YAML) is left as it is, with a warning: nothing that a
-    person wrote is lost, and no save fails because of its card.
+    A card that cannot be merged (not UTF-8, metadata that is not YAML) is left as it is, with a warning: nothing that
+    a person wrote is lost, and no save fails because of its card.
 
     Args:
         folder (`str` or `os.PathLike`): the folder.
@@ -291,9 +291,9 @@ def _load(text: str) -> dict:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, _NotMergeable):
             raise
-        raise _NotMergeable(f"the metadata at its top is no YAML ({str(error)[:200]}): correct it.") from None
+        raise _NotMergeable(f"the metadata at its top is not YAML ({str(error)[:200]}): correct it.") from None
     if values is not None and not isinstance(values, dict):
-        raise _NotMergeable("the metadata at its top is no list of `key: value` lines: correct it.")
+        raise _NotMergeable("the metadata at its top is not a list of `key: value` lines: correct it.")
     return values or {}
 
 
