@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import warnings
+from typing import Any
 
 import torch
 import yaml
@@ -90,7 +91,7 @@ _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*(?:\r?\n|\Z)",
 
 def write_card(
     folder: str | os.PathLike,
-    model,
+    model: Any,
     name: str | None = None,
     training: dict | None = None,
     selected_adapters: list[str] | None = None,
@@ -125,7 +126,7 @@ def write_card(
 
 
 def make_card(
-    model,
+    model: Any,
     name: str | None = None,
     existing: str | None = None,
     training: dict | None = None,
@@ -314,7 +315,7 @@ def _checked(training: dict | None) -> dict:
     return {key: value for key, value in (training or {}).items() if key in TRAINING_KEYS and value is not None}
 
 
-def code(text) -> str:
+def code(text: Any) -> str:
     """Text from anywhere as a Markdown code span: nothing in it is read as HTML, link, image or emphasis.
 
     Also fit for table cells. White space of any kind becomes one space.
@@ -379,7 +380,7 @@ def _entry_name(name: str, adapter_name: str) -> str:
     return title if adapter_name == "default" else f"{title} ({adapter_name})"
 
 
-def _slug(name) -> str:
+def _slug(name: Any) -> str:
     """A data set's identifier: its Hub id, or its name in small letters and hyphens."""
     name = str(name)
     return name if is_hub_id(name) else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
@@ -408,7 +409,7 @@ def _title(name: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", " ".join(title.split())) or "Learned prompts"
 
 
-def _fact(adapter, name: str):
+def _fact(adapter: Any, name: str) -> str:
     """What the adapter's class says of its method, CoOp's where it says nothing."""
     defaults = {"card_title": CARD_TITLE, "card_summary": CARD_SUMMARY, "paper": PAPER, "citation": CITATION}
     return getattr(type(adapter), name, None) or defaults[name]
@@ -427,17 +428,17 @@ def _summary(name: str, adapters: dict) -> str:
     )
 
 
-def _prompt(config) -> str:
+def _prompt(config: CoOpConfig) -> str:
     slots = [f"[V]{k + 1}" for k in range(config.n_ctx)]
 
-    def some(part):
+    def some(part: list[str]) -> list[str]:
         return part if len(part) < 4 else [part[0], "…", part[-1]]
 
     first = {"end": config.n_ctx, "middle": config.n_ctx // 2, "front": 0}[config.class_token_position]
     return " ".join([*some(slots[:first]), "[CLASS]", *some(slots[first:]), "."])
 
 
-def _learned(model, key: str, adapter, heading: str) -> str:
+def _learned(model: Any, key: str, adapter: Any, heading: str) -> str:
     config = adapter.config
     state = adapter.learned_state() if hasattr(adapter, "learned_state") else {"context": adapter.context.detach()}
     rows = [["Base model", _link(config.base_model_name_or_path)], ["Method", _fact(adapter, "card_title")]]
@@ -478,7 +479,7 @@ def _dataset(training: dict) -> str:
     return code(training.get("dataset") or dataset_id)
 
 
-def _nearest_words(model, key: str, config: CoOpConfig) -> str:
+def _nearest_words(model: Any, key: str, config: CoOpConfig) -> str:
     """A table of the tokens next to each context vector."""
     found = nearest_tokens(model, top_k=3, adapter_name=key, max_classes=MAX_CONTEXTS_SHOWN)
     contexts = list(found.items()) if config.class_specific else [("", found)]
@@ -496,7 +497,7 @@ def _nearest_words(model, key: str, config: CoOpConfig) -> str:
     )
 
 
-def _results(adapter, training: dict, heading: str) -> str:
+def _results(adapter: Any, training: dict, heading: str) -> str:
     learned, zero_shot = _metrics(training, "metrics"), _metrics(training, "zero_shot_metrics")
     if not learned:
         return ""
@@ -522,7 +523,7 @@ def _results(adapter, training: dict, heading: str) -> str:
     return f"## Results{heading}\n\nMeasured on {''.join(where)}.{seed}\n\n{table}"
 
 
-def _use(name: str, key: str, config, heading: str) -> str:
+def _use(name: str, key: str, config: PromptConfig, heading: str) -> str:
     arguments = [_quoted(name)]
     if key != "default":
         arguments.append(f"subfolder={_quoted(key)}")
