@@ -47,7 +47,7 @@ MAX_CLASSES_SHOWN = 200
 
 MAX_CONTEXTS_SHOWN = 5
 
-# Of CoOp, and of every adapter class that says nothing else.
+# Of CoOp.
 CARD_TITLE = "Context Optimization (CoOp)"
 
 CARD_SUMMARY = "CoOp learns the vectors that stand round the name of the class."
@@ -410,19 +410,28 @@ def _title(name: str) -> str:
 
 
 def _fact(adapter: Any, name: str) -> str:
-    """What the adapter's class says of its method, CoOp's where it says nothing."""
+    """What the adapter's class says of its method; CoOp's facts are here. Nothing is claimed of a silent one."""
     defaults = {"card_title": CARD_TITLE, "card_summary": CARD_SUMMARY, "paper": PAPER, "citation": CITATION}
-    return getattr(type(adapter), name, None) or defaults[name]
+    if adapter.config.method != "coop":
+        defaults = {"card_title": type(adapter).__name__}
+    return getattr(type(adapter), name, None) or defaults.get(name, "")
+
+
+def _method(adapter: Any) -> str:
+    """The method's name, with a link to its paper."""
+    title, paper = _fact(adapter, "card_title"), _fact(adapter, "paper")
+    return f"[{title}]({paper})" if paper else title
 
 
 def _summary(name: str, adapters: dict) -> str:
     adapter = next(iter(adapters.values()))
     config = adapter.config
+    summary = f"{_fact(adapter, 'card_summary')} ".lstrip()
     return (
         f"# {_title(name)}\n\n"
         f"Learned prompts for {_link(config.base_model_name_or_path)}, made with "
-        f"[{_fact(adapter, 'card_title')}]({_fact(adapter, 'paper')}). Where people write a prompt by hand, such as "
-        f"{code(config.template)}, prompt learning learns it from examples. {_fact(adapter, 'card_summary')} Every "
+        f"{_method(adapter)}. Where people write a prompt by hand, such as "
+        f"{code(config.template)}, prompt learning learns it from examples. {summary}Every "
         "weight of the model stays as it is. Only what was learned is here; the model itself is loaded from its own "
         "place."
     )
@@ -602,7 +611,8 @@ def _versions() -> dict[str, str]:
 
 
 def _citation(adapters: dict) -> str:
-    works = dict.fromkeys((_fact(a, "card_title"), _fact(a, "paper"), _fact(a, "citation")) for a in adapters.values())
-    return "## Citation\n\n" + "\n\n".join(
-        f"The method is [{title}]({paper}).\n\n```bibtex\n{citation.strip()}\n```" for title, paper, citation in works
-    )
+    works = dict.fromkeys((_method(a), _fact(a, "citation")) for a in adapters.values())
+    texts = [
+        f"The method is {method}." + (f"\n\n```bibtex\n{work.strip()}\n```" if work else "") for method, work in works
+    ]
+    return "## Citation\n\n" + "\n\n".join(texts)
