@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-__all__ = ["locked", "save_tensors", "write_atomically", "write_together"]
+__all__ = ["leftovers", "locked", "save_tensors", "write_atomically", "write_together"]
 
 # Temporary files of this age belong to a process that was killed: no file here takes an hour to write.
 LEFTOVER_SECONDS = 3600
@@ -50,7 +50,7 @@ def write_together(*paths: str | os.PathLike) -> Iterator[list[str]]:
     temporaries: list[str] = []
     try:
         for name in names:
-            _sweep(folder, name)
+            _sweep(os.path.join(folder, name))
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
             os.close(handle)
             temporaries.append(temporary)
@@ -110,20 +110,27 @@ def _lock(handle: int, kind: int) -> None:
             return  # some network file systems have no locks
 
 
-def _sweep(folder: str, name: str) -> None:
-    """Removes the temporary files of `name` that a killed process left."""
-    leftover = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                if leftover.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > LEFTOVER_SECONDS:
-                    os.remove(entry.path)
-            except OSError:
-                pass  # another process was faster
+def leftovers(path: str | os.PathLike) -> list[str]:
+    """The temporary files beside `path`: of writers at work, and of those that were killed."""
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}")
+    try:
+        entries = sorted(os.listdir(folder))
+    except OSError:  # a folder that may be entered but not listed
+        return []
+    return [os.path.join(folder, entry) for entry in entries if temporary.fullmatch(entry)]
+
+
+def _sweep(path: str) -> None:
+    """Removes the temporary files of `path` that a killed process left."""
+    for leftover in leftovers(path):
+        with suppress(OSError):  # another process was faster
+            if time.time() - os.path.getmtime(leftover) > LEFTOVER_SECONDS:
+                os.remove(leftover)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict | None = None) -> None:
-    """`safetensors.torch.save_file`, which tells a full disk by an error that is no `OSError`; here it is one."""
+    """`safetensors.torch.save_file`, which tells a full disk by an error that is not an `OSError`; here it is one."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:

@@ -1,6 +1,9 @@
 """Small checks and the shared wording of error messages: class names, text, whole numbers, strangers' files."""
 
 import os
+import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -9,6 +12,12 @@ MAX_CLASSES = 1_000_000
 
 MAX_TEXT_LENGTH = 10_000
 
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all but tab and line feed
+
+_HALF = re.compile(r"[\ud800-\udfff]")
+
+_last_checked: list[str] = []  # the list is looked at by several on its way in: by the model, by each copy of a config
 
 SPARSE_BYTES = 1 << 26  # from this size on it is looked at how much of a file is really on the disk
 
@@ -26,24 +35,24 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(1 << 20))
 
 
-def is_int(value) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def shown(value) -> str:
+def shown(value: Any) -> str:
     """A value in an error message, at a bounded length."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def some(items, limit=5):
+def some(items: Iterable[Any], limit: int = 5) -> str:
     """`items` as text for an error message, cut after `limit`."""
     items = list(items)
     text = ", ".join(repr(item) for item in items[:limit])
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
 
 
-def check_text(name: str, value, hint: str = "", optional: bool = True) -> None:
+def check_text(name: str, value: Any, hint: str = "", optional: bool = True) -> None:
     if value is None and optional:
         return
     if not isinstance(value, str) or not value.strip():
@@ -51,13 +60,13 @@ def check_text(name: str, value, hint: str = "", optional: bool = True) -> None:
         raise ValueError(f"`{name}` must be {kind}, got {shown(value)}. {hint}")
     if len(value) > MAX_TEXT_LENGTH:
         raise ValueError(f"`{name}` has {len(value):,} characters; at most {MAX_TEXT_LENGTH:,} are accepted. {hint}")
-    if any(ord(character) < 32 and character not in "\t\n" or ord(character) == 127 for character in value):
+    if _CONTROL.search(value):
         raise ValueError(f"`{name}` must not contain control characters, got {value[:80]!r}. {hint}")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+    if _HALF.search(value):
         raise ValueError(f"`{name}` holds half a character, which no file can hold: {value[:80]!r}. {hint}")
 
 
-def check_class_names(class_names) -> list[str]:
+def check_class_names(class_names: Iterable[str]) -> list[str]:
     """Returns the class names as a list of strings.
 
     Args:
@@ -65,7 +74,7 @@ def check_class_names(class_names) -> list[str]:
             At least one name; all different once surrounding space is removed and underscores are read as spaces.
 
     Raises:
-        ValueError: no names, an empty name, a duplicate, or something that is no string; says which.
+        ValueError: no names, an empty name, a duplicate, or something that is not a string; says which.
     """
     if isinstance(class_names, (str, bytes)):
         raise ValueError(f"`class_names` must be a list of strings, got the single string {class_names[:80]!r}.")
@@ -81,6 +90,9 @@ def check_class_names(class_names) -> list[str]:
         raise ValueError("`class_names` is empty: pass at least one class name.")
     if len(names) > MAX_CLASSES:
         raise ValueError(f"`class_names` has {len(names):,} entries; at most {MAX_CLASSES:,} are accepted.")
+    global _last_checked
+    if names == _last_checked:
+        return names
     seen: dict[str, int] = {}
     for index, name in enumerate(names):
         if not isinstance(name, str):
@@ -88,7 +100,8 @@ def check_class_names(class_names) -> list[str]:
         key = clean_class_name(name)
         if not key:
             raise ValueError(f"class name {index} is empty ({shown(name)}): give every class a readable name.")
-        check_text(f"class_names[{index}]", name, "Use the plain name of the class.", optional=False)
+        if len(name) > MAX_TEXT_LENGTH or _CONTROL.search(name) or _HALF.search(name):
+            check_text(f"class_names[{index}]", name, "Use the plain name of the class.", optional=False)
         if key in seen:
             raise ValueError(
                 f"class name {index} ({shown(name)}) is the same as class name {seen[key]} "
@@ -96,6 +109,7 @@ def check_class_names(class_names) -> list[str]:
                 "classes with one prompt cannot be told apart. Merge them or give them different names."
             )
         seen[key] = index
+    _last_checked = list(names)
     return names
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -174,8 +175,8 @@ def _explained(error: BaseException, name: str, filename: str, revision: str | N
         )
     if isinstance(said, (RepositoryNotFoundError, HFValidationError)):
         return OSError(
-            f"{name!r} is no folder on this machine, and there is no such repository on the Hub, or it is private and "
-            "no token with access was given (`token=...` or `hf auth login`)."
+            f"{name!r} is not a folder on this machine, and there is no such repository on the Hub, or it is private "
+            "and no token with access was given (`token=...` or `hf auth login`)."
         )
     if _status(said) == 401:
         return OSError(f"the Hub does not accept the token given for {where}: log in again with `hf auth login`.")
@@ -186,12 +187,17 @@ def _explained(error: BaseException, name: str, filename: str, revision: str | N
             f"{filename} of {where} is not in the cache, and the Hub answered that there were too many requests "
             "(429). Wait a few minutes and try again; with a token (`token=...`) the limit is higher."
         )
+    if isinstance(said, FileMetadataError):
+        return OSError(
+            f"{filename} of {where} is not in the cache, and what answered is not the Hub: a network that asks for a "
+            "login first, or a proxy, does so."
+        )
     if _is_transient(error) or _status(said) is not None:
         hung_up = f"hung up ({str(said)[:200] or type(said).__name__})"
         reason = f"answered with the error {_status(said)}" if _status(said) else hung_up
         return OSError(f"{filename} of {where} is not in the cache, and the Hub {reason}. Try again later.")
     return OSError(
-        f"{filename} of {where} is not in the cache, and the Hub could not be reached. {name!r} is no folder on "
+        f"{filename} of {where} is not in the cache, and the Hub could not be reached. {name!r} is not a folder on "
         "this machine either: check the spelling, or connect once so that it can be downloaded."
     )
 

@@ -419,14 +419,14 @@ class CoOpModel(AdapterModel):
                 f"{name!r} is an adapter and has its own configuration: leave `config` out, or name a base model to "
                 "start afresh."
             )
-        own = check_adapter(name, subfolder=subfolder, **source)  # refused before a large base is loaded
+        checked = own = check_adapter(name, subfolder=subfolder, **source)  # refused before a large base is loaded
         base, processor = load_base_of_adapter(name, own, base_model, processor, download, base_model_kwargs)
         if base_model is not None:  # saved again, the adapter names the base that it stands on
             here = base.config._name_or_path or own.base_model_name_or_path
             own = replace(own, base_model_name_or_path=here, revision=None)
 
         def tensors(expected: Shapes) -> dict[str, Tensor]:
-            return read_adapter(name, expected, subfolder=subfolder, **source)[1]
+            return read_adapter(name, expected, config=checked, subfolder=subfolder, **source)[1]
 
         model = cls(base, own, None, processor, tensors=tensors, **options)
         model.adapter.is_trainable = is_trainable

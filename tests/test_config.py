@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -164,6 +165,28 @@ def test_text_that_no_file_can_hold(value):
     """A lone surrogate cannot be written as UTF-8: said at once, not when the trained adapter is saved."""
     with pytest.raises(ValueError):
         CoOpConfig(class_names=["dog", value])
+
+
+def test_many_class_names_take_linear_time():
+    names = [f"class number {i}" for i in range(200_000)]
+    started = time.process_time()
+    config = CoOpConfig(class_names=names)
+    first = time.process_time() - started
+    for _ in range(5):
+        config = dataclasses.replace(config)
+    assert first < 5 and time.process_time() - started - first < first, "copies are not checked anew"
+    with pytest.raises(ValueError, match="class name 200000 .* is the same as class name 7 "):
+        dataclasses.replace(config, class_names=[*names, "class number 7"])
+
+
+def test_a_list_that_was_checked_may_change():
+    names = ["cat", "dog"]
+    assert check_class_names(names) == ["cat", "dog"]
+    names[1] = "cat"
+    with pytest.raises(ValueError, match="same as class name 0"):
+        check_class_names(names)
+    with pytest.raises(ValueError, match="class name 0 must be a string, got int"):
+        check_class_names([1, 2])
 
 
 # ---------------------------------------------------------------------- methods

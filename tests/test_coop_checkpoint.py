@@ -274,7 +274,7 @@ def test_other_contents(tmp_path, content, message):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"hello", b"\x80\x02" + b"(" * 5000])
 def test_other_files(tmp_path, content):
     (tmp_path / "c").write_bytes(content)
-    with pytest.raises(ValueError, match="no usable checkpoint"):
+    with pytest.raises(ValueError, match="not a usable checkpoint"):
         read_coop_checkpoint(tmp_path / "c")
 
 
@@ -283,7 +283,7 @@ def test_cut_off_anywhere(tokenizer, base, tmp_path):
     whole = (tmp_path / "whole").read_bytes()
     for length in range(0, len(whole) - 1, max(1, len(whole) // 40)):
         (tmp_path / "c").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="no usable checkpoint"):
+        with pytest.raises(ValueError, match="not a usable checkpoint"):
             read_coop_checkpoint(tmp_path / "c")
 
 
@@ -299,13 +299,13 @@ def test_changed_anywhere(tokenizer, base, tmp_path):
         try:
             assert torch.isfinite(read_coop_checkpoint(tmp_path / "c")["context"]).all()
         except ValueError as error:
-            assert "no usable checkpoint" in str(error)
+            assert "not a usable checkpoint" in str(error)
 
 
 def test_a_zip_of_something_else(tmp_path):
     with zipfile.ZipFile(tmp_path / "c", "w") as file:
         file.writestr("archive/data.pkl", pickle.dumps({"state_dict": {}}, protocol=2))
-    with pytest.raises(ValueError, match="no usable checkpoint"):
+    with pytest.raises(ValueError, match="not a usable checkpoint"):
         read_coop_checkpoint(tmp_path / "c")
 
 
@@ -332,7 +332,7 @@ def test_a_deflated_pickle(tmp_path):
             record.write(b".")
         file.writestr("archive/version", "3")
     assert os.path.getsize(tmp_path / "c") < 2_000_000
-    refuses_at_once(tmp_path / "c", "no usable checkpoint.*its records are compressed")
+    refuses_at_once(tmp_path / "c", "not a usable checkpoint.*its records are compressed")
 
 
 def test_a_pickle_that_is_large(tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from coop_hf import CoOpConfig
 from coop_hf.config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from coop_hf.files.adapter_files import WEIGHTS_KEY, read_adapter
+from coop_hf.files.adapter_files import WEIGHTS_KEY, _binding, read_adapter
 
 
 COUNT = int(os.environ.get("COOP_HF_FUZZ", 2000))
@@ -73,8 +73,12 @@ def good_files(rng):
     config = CoOpConfig(n_ctx=4, class_specific=class_specific, class_names=list(CLASSES), revision="main")
     shape = (3, 4, 8) if class_specific else (4, 8)
     dtype = rng.choice([torch.float32, torch.float16, torch.bfloat16])
-    weights = save({WEIGHTS_KEY: torch.full(shape, 0.5, dtype=dtype)}, metadata={"format": "pt"})
-    return config.to_json().encode(), weights
+    text = config.to_json()
+    metadata = {"format": "pt"}
+    if rng.random() < 0.3:  # as coop_hf writes them; the others are bound to no configuration
+        metadata |= _binding(json.loads(text))
+    weights = save({WEIGHTS_KEY: torch.full(shape, 0.5, dtype=dtype)}, metadata=metadata)
+    return text.encode(), weights
 
 
 def mutate_bytes(rng, data):

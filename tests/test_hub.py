@@ -397,13 +397,27 @@ def test_a_file_that_was_damaged_in_the_cache(here, published, tmp_path, monkeyp
     assert read(tmp_path) == expected
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_flipped_bit_in_the_weights_of_a_base(here, base, processor, tmp_path, shards):
+    base.save_pretrained(tmp_path / "base", **({"max_shard_size": "60KB"} if shards else {}))
+    name = f"ada/clip-{shards}"  # transformers remembers the revision of a name
+    here.add_folder(name, tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1 or not shards
+    here.fail("GET", r"resolve/.*\.safetensors$", drop="flip", times=1)
+    options = {"processor": processor, "cache_dir": tmp_path / "cache"}
+    model = CoOpModel.from_pretrained(name, class_names=["cat"], **options)
+    assert here.faults[0].times == 0, "a bit was flipped"
+    own = base.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in model.base_model.state_dict().items())
+
+
 LOGIN = b"<html><body>Welcome to our network, please log in</body></html>"
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_a_login_page_is_no_file(here, published, tmp_path, method):
     here.fail(method, "/resolve/", status=200, body=LOGIN, times=1000)
-    with pytest.raises(OSError, match="does not seem to be served by|Consistency check failed"):
+    with pytest.raises(OSError, match="what answered is not the Hub|Consistency check failed"):
         read(tmp_path)
     here.faults.clear()
     assert read(tmp_path) == (published / "adapter_config.json").read_bytes()

@@ -358,6 +358,7 @@ def test_a_configuration_without_a_context(base, processor, monkeypatch):
     model.adapters["default"].config = WaveConfig(class_names=NAMES, base_model_name_or_path="ada/tiny-clip")
     card = make_card(model, "ada/flowers")
     assert "| `height` | `<b>3</b>` |" in part(card, "learned") and "Nearest tokens" not in card
+    assert "zhou2022coop" not in card and "2109.01134" not in card, "nothing of CoOp is said of another method"
     assert "wave" in metadata(card)["tags"] and "coop" not in metadata(card)["tags"]
 
 

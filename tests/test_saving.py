@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import stat
 import struct
 import time
@@ -517,6 +518,44 @@ def test_a_full_disk_at_the_second_file_changes_neither(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_adapter(tmp_path, CoOpConfig(n_ctx=4, class_names=["dog"]), {WEIGHTS_KEY: torch.ones(4, 32)})
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own")
+@pytest.mark.parametrize("n_ctx", [2, 3])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_at_any_rename_leaves_a_whole_adapter(tmp_path, monkeypatch, renames, n_ctx):
+    old, new = CoOpConfig(n_ctx=2, class_names=["old"]), CoOpConfig(n_ctx=n_ctx, class_names=["new"])
+    write_adapter(tmp_path, old, {WEIGHTS_KEY: torch.zeros(2, 4)})
+    child = os.fork()
+    if child == 0:
+        replace, done = os.replace, []
+
+        def dies(*paths):
+            if len(done) == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(replace(*paths))
+
+        monkeypatch.setattr("os.replace", dies)
+        try:
+            write_adapter(tmp_path, new, {WEIGHTS_KEY: torch.ones(n_ctx, 4)})
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    config, tensors = read_adapter(tmp_path)
+    assert config == check_adapter(tmp_path) == (new if renames else old)
+    assert tensors[WEIGHTS_KEY].unique().tolist() == [float(renames > 0)]
+    write_adapter(tmp_path, old, {WEIGHTS_KEY: torch.zeros(2, 4)})
+    assert read_adapter(tmp_path)[0] == old, "the next save counts, whatever the kill left"
+
+
+def test_an_adapter_that_changes_while_it_is_loaded(tmp_path):
+    first, second = CoOpConfig(n_ctx=2, class_names=["a", "b"]), CoOpConfig(n_ctx=2, class_names=["b", "a"])
+    write_adapter(tmp_path, first, {WEIGHTS_KEY: torch.zeros(2, 4)})
+    checked = check_adapter(tmp_path)
+    assert read_adapter(tmp_path, config=checked)[0] == first
+    write_adapter(tmp_path, second, {WEIGHTS_KEY: torch.ones(2, 4)})
+    with pytest.raises(ValueError, match="another adapter was saved to .* load it again"):
+        read_adapter(tmp_path, config=checked)
 
 
 def test_temporary_files_of_a_kill_are_swept(tmp_path):

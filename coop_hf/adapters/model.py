@@ -157,7 +157,7 @@ class AdapterModel(nn.Module):
         self._add(
             adapter_name,
             config,
-            tensors=lambda expected: read_adapter(name_or_path, expected, **kwargs)[1],
+            tensors=lambda expected: read_adapter(name_or_path, expected, config=config, **kwargs)[1],
             is_trainable=is_trainable,
         )
         if class_names is not None:

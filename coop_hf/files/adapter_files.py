@@ -11,13 +11,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..atomic import locked, save_tensors, write_together
+from ..atomic import leftovers, locked, save_tensors, write_together
 from ..checks import check_not_sparse, is_finite, some
 from ..config import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CoOpConfig, PromptConfig, read_json
 from ..hub import find_file, is_hub_id
@@ -74,7 +74,11 @@ def write_adapter(
 
 
 def read_adapter(
-    name_or_path: str | os.PathLike, expected: Shapes | None = None, **kwargs: Any
+    name_or_path: str | os.PathLike,
+    expected: Shapes | None = None,
+    *,
+    config: PromptConfig | None = None,
+    **kwargs: Any,
 ) -> tuple[PromptConfig, dict[str, torch.Tensor]]:
     """Reads one adapter from a local folder, the cache or the Hub.
 
@@ -84,15 +88,22 @@ def read_adapter(
         name_or_path (`str` or `os.PathLike`): folder or Hub id.
         expected (`dict[str, tuple[int | None, ...]]`, *optional*): the shapes of all tensors; `None` in a shape fits
             any length. For CoOp the configuration says it.
+        config (`PromptConfig`, *optional*): what [`check_adapter`] gave a moment ago.
         kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Returns:
         its configuration and its tensors by key, fp32, on the CPU.
 
     Raises:
-        ValueError: the files contradict each other or the format; says how.
+        ValueError: the files contradict each other or the format, or another adapter was saved there since `config`
+            was read; says how.
     """
-    return _read(name_or_path, expected, kwargs)
+    found, tensors = _read(name_or_path, expected, kwargs)
+    if config is not None and found != config:
+        raise ValueError(
+            f"another adapter was saved to {os.fspath(name_or_path)!r} while this one was being loaded: load it again."
+        )
+    return found, tensors
 
 
 def check_adapter(name_or_path: str | os.PathLike, expected: Shapes | None = None, **kwargs: Any) -> PromptConfig:
@@ -157,14 +168,24 @@ def _read(
         kwargs = {**kwargs, "revision": commit[1]}
     # On this machine nobody changes one of the two files between their readings.
     with nullcontext() if commit else locked(os.path.dirname(config_path), shared=True):
-        values = read_json(config_path)
-        config = PromptConfig.from_dict(values)
-        shapes = _shapes(config, name)
         path = find_file(name, ADAPTER_WEIGHTS_NAME, **kwargs)
-        metadata, tensors = _read_weights(path, shapes, expected, with_values)
-    if is_bound:
-        _check_binding(values, metadata, name)
-    return config, tensors
+
+        def read(config_path: str) -> tuple[PromptConfig, dict[str, torch.Tensor], bool]:
+            values = read_json(config_path)
+            config = PromptConfig.from_dict(values)
+            metadata, tensors = _read_weights(path, _shapes(config, name), expected, with_values)
+            return config, tensors, is_bound and _check_binding(values, metadata, name)
+
+        try:
+            return read(config_path)[:2]
+        except ValueError:
+            # A save that was killed between its two renames left the new configuration under its temporary name.
+            for leftover in [] if commit else leftovers(config_path):
+                with suppress(ValueError, OSError):
+                    config, tensors, belongs = read(leftover)
+                    if belongs:
+                        return config, tensors
+            raise
 
 
 def _shapes(config: PromptConfig, name: str) -> Shapes | None:
@@ -251,9 +272,10 @@ def _binding(values: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _check_binding(values: dict[str, Any], metadata: dict[str, str], name: str) -> None:
+def _check_binding(values: dict[str, Any], metadata: dict[str, str], name: str) -> bool:
+    """Whether the weights are known to be of this configuration; raises if they are known to be of another."""
     if "config_sha256" not in metadata:  # of before 0.3, or written by another program
-        return
+        return False
     binding = _binding(values)
     if binding["config_sha256"] != metadata["config_sha256"]:
         raise ValueError(
@@ -265,5 +287,6 @@ def _check_binding(values: dict[str, Any], metadata: dict[str, str], name: str) 
         warnings.warn(
             f"the adapter {name!r} names another base model than when it was saved "
             f"({values.get('base_model_name_or_path')!r} now). On other weights its scores mean little.",
-            stacklevel=4,
+            stacklevel=5,
         )
+    return True

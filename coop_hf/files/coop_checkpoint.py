@@ -23,6 +23,7 @@ import re
 import sys
 import warnings
 import zipfile
+from typing import Any
 
 import torch
 
@@ -48,17 +49,17 @@ _BUFFERS = ("token_prefix", "token_suffix")
 class _Nothing:
     """Stands where a checkpoint holds an object: takes whatever it is given, keeps and does nothing."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Nothing":
         return super().__new__(cls)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
-def _empty_dict(*_) -> dict:
+def _empty_dict(*_: Any) -> dict:
     """Stands for the `defaultdict(dict)` that an optimizer keeps its state in."""
     return {}
 
@@ -129,7 +130,7 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
         ValueError: the file is damaged, asks for code, or is a checkpoint of something else; says which.
     """
     path = find_coop_checkpoint(path, epoch)
-    problem = f"{path} is no usable checkpoint of the original CoOp code: "
+    problem = f"{path} is not a usable checkpoint of the original CoOp code: "
     checkpoint = _load_weights_only(path, problem)
     if not isinstance(checkpoint, dict):
         raise ValueError(problem + f"it holds a {type(checkpoint).__name__}, expected a dict with 'state_dict'.")
@@ -190,7 +191,7 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
     }
 
 
-def _load_weights_only(path: str, problem: str):
+def _load_weights_only(path: str, problem: str) -> Any:
     allowed = [(_Nothing, name) for name in _STANDS_IN_FOR] + [(_empty_dict, name) for name in _STANDS_IN_FOR_DICT]
     check_not_sparse(path, problem)
     try:
@@ -238,14 +239,14 @@ def _check_records(path: str, is_zip: bool) -> None:
         raise pickle.UnpicklingError("Unsupported global: GLOBAL builtins.bytearray")
 
 
-def _plain_key(key) -> str:
+def _plain_key(key: Any) -> str:
     key = str(key)
     for prefix in ("module.", "prompt_learner."):
         key = key.removeprefix(prefix)
     return key
 
 
-def _some(keys) -> str:
+def _some(keys: Any) -> str:
     keys = [repr(str(key)[:60]) for key in keys]
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") if keys else "none"
 
@@ -253,7 +254,7 @@ def _some(keys) -> str:
 def checkpoint_to_adapter(
     checkpoint: dict,
     embedding: torch.Tensor,
-    tokenizer,
+    tokenizer: Any,
     class_names: list[str] | None = None,
     class_token_position: str = "end",
     check_base: bool = True,
@@ -308,14 +309,14 @@ def checkpoint_to_adapter(
     return config, {WEIGHTS_KEY: context}
 
 
-def from_coop_checkpoint(path: str | os.PathLike, base_model, *args, **kwargs):
+def from_coop_checkpoint(path: str | os.PathLike, base_model: Any, *args: Any, **kwargs: Any) -> Any:
     """`CoOpModel.from_coop_checkpoint`, under the name that it had first."""
     from ..modeling import CoOpModel  # above this room: for the command and the old name alone
 
     return CoOpModel.from_coop_checkpoint(path, base_model, *args, **kwargs)
 
 
-def _check_prefix(checkpoint: dict, embedding: torch.Tensor, tokenizer) -> None:
+def _check_prefix(checkpoint: dict, embedding: torch.Tensor, tokenizer: Any) -> None:
     prefix = checkpoint["token_prefix"]
     if prefix is None or not len(prefix):
         return
@@ -328,7 +329,7 @@ def _check_prefix(checkpoint: dict, embedding: torch.Tensor, tokenizer) -> None:
         )
 
 
-def _check_names(checkpoint: dict, names: list[str], embedding: torch.Tensor, tokenizer) -> None:
+def _check_names(checkpoint: dict, names: list[str], embedding: torch.Tensor, tokenizer: Any) -> None:
     """Compares the tokens of each name with the embeddings that the checkpoint holds of it."""
     suffix = checkpoint["token_suffix"]
     if suffix is None:
@@ -352,7 +353,7 @@ def _check_names(checkpoint: dict, names: list[str], embedding: torch.Tensor, to
         )
 
 
-def _read_names(checkpoint: dict, embedding: torch.Tensor, tokenizer) -> list[str] | None:
+def _read_names(checkpoint: dict, embedding: torch.Tensor, tokenizer: Any) -> list[str] | None:
     """The class names by their embeddings, or `None` if these are missing or no exact rows of the base's."""
     suffix = checkpoint["token_suffix"]
     if suffix is None or not len(suffix):
@@ -390,7 +391,7 @@ def _read_class_file(path: str) -> list[str]:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}); expected a list of names.") from None
+            raise ValueError(f"{path} is not JSON ({error}); expected a list of names.") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -15,6 +15,8 @@ from .adapter_files import base_of
 
 __all__ = ["check_is_base", "load_base", "load_base_of_adapter"]
 
+_INDEX = "model.safetensors.index.json"
+
 
 def check_is_base(name: str, subfolder: str | None, source: dict[str, Any]) -> None:
     """Raises `FileNotFoundError` unless the folder or repository holds a model's `config.json`."""
@@ -44,6 +46,8 @@ def load_base(name: str, processor: Any, source: dict[str, Any], kwargs: dict[st
         ValueError: a model of no supported family, or weights that the folder lacks; names them.
     """
     family = _family_of(name, find_file(name, "config.json", **source))  # its errors say more
+    if not os.path.isdir(name) and not {"variant", "subfolder", "use_safetensors", "gguf_file"} & set(kwargs):
+        _fetch_weights(name, source)
     with hub_errors(name):
         base, report = getattr(transformers, family.model_class).from_pretrained(
             name, output_loading_info=True, **source, **kwargs
@@ -60,6 +64,22 @@ def load_base(name: str, processor: Any, source: dict[str, Any], kwargs: dict[st
         else:
             processor = AutoTokenizer.from_pretrained(name, **source)
     return base, processor
+
+
+def _fetch_weights(name: str, source: dict[str, Any]) -> None:
+    """Puts the weights into the cache by way of `find_file`, which compares them with the Hub's hash as they arrive.
+
+    transformers finds them there. It does not compare, and a flipped bit would stay.
+    """
+    if has_file(name, "model.safetensors", **source) or not has_file(name, _INDEX, **source):
+        return
+    with open(find_file(name, _INDEX, **source), encoding="utf-8") as file:
+        try:
+            shards = set(json.load(file)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return  # transformers says what is wrong with it
+    for shard in sorted(shard for shard in shards if isinstance(shard, str) and "/" not in shard):
+        has_file(name, shard, **source)
 
 
 def _family_of(name: str, config_file: str) -> type:

@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
@@ -18,7 +20,7 @@ __all__ = ["push_to_hub"]
 
 
 def push_to_hub(
-    model,
+    model: Any,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -96,7 +98,7 @@ def push_to_hub(
 
 
 @contextmanager
-def _push_errors(repo_id: str, revision: str | None):
+def _push_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, _HTTPError, RuntimeError) as error:  # a failed LFS upload is a RuntimeError
