@@ -31,8 +31,6 @@ class CoCoOp(CoOp, method="cocoop"):
     """The context vectors, and the meta-network π (`meta_net`) that shifts them."""
 
     reads_image = True
-    title = "CoCoOp"
-    paper = "https://arxiv.org/abs/2203.05557"
 
     def __init__(self, config: CoCoOpConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)

@@ -143,8 +143,6 @@ class DeepText(CoOp, method="deep_text"):
     """The context vectors, and `deep_text` `(depth - 1, n_ctx, text_width)` for the layers behind the first."""
 
     usual_depth = 12
-    title = "Deep text prompts"
-    paper = "https://arxiv.org/abs/2210.03117"
 
     def __init__(self, config: Any, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -164,7 +162,6 @@ class IVLP(DeepText, method="ivlp"):
     """Deep text prompts, and `visual` `(depth, n_vision, vision_width)`."""
 
     prompts_image_tower = True
-    title = "IVLP"
 
     def __init__(self, config: IVLPConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -179,7 +176,6 @@ class MaPLe(DeepText, method="maple"):
 
     prompts_image_tower = True
     usual_depth = 9
-    title = "MaPLe"
 
     def __init__(self, config: MaPLeConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -196,8 +192,6 @@ class VPT(Adapter, method="vpt"):
     """`visual` `(depth, n_vision, vision_width)`, beside the hand-written template."""
 
     prompts_image_tower = True
-    title = "VPT"
-    paper = "https://arxiv.org/abs/2203.12119"
 
     def __init__(self, config: VPTConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)

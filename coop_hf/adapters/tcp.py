@@ -52,8 +52,6 @@ class TCP(CoOp, method="tcp"):
     """The context vectors, and the network (`meta_net`) that turns class embeddings into class-aware tokens."""
 
     uses_template = True
-    title = "TCP"
-    paper = "https://arxiv.org/abs/2311.18231"
 
     def __init__(self, config: TCPConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_class_names, clean_class_name
 from ..config import CoOpConfig
-from ..core.layout import encode_words, special_token_ids
+from ..core.layout import encode_words, special_token_ids, split_context
 from ..interpret import nearest_rows
 from ..modeling import CoOpModel
 from .zero_shot import get_tokenizer
@@ -104,7 +104,7 @@ def prompt_vocabulary(
 
 
 def _make_template(words: list[str], position: str) -> str:
-    first = {"end": len(words), "middle": len(words) // 2, "front": 0}[position]
+    first = split_context(position, len(words))
     return " ".join([*words[:first], "{}", *words[first:]]) + "."
 
 

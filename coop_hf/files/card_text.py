@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..config import CoOpConfig, PromptConfig
+from ..core.layout import split_context
 from ..hub import is_hub_id
 from ..interpret import nearest_tokens
 from ..version import __version__
@@ -21,19 +22,9 @@ MAX_CLASSES_SHOWN = 200
 
 MAX_CONTEXTS_SHOWN = 5
 
-# Of CoOp.
-CARD_TITLE = "Context Optimization (CoOp)"
-
-CARD_SUMMARY = "CoOp learns the vectors that stand round the name of the class."
-
-PAPER = "https://arxiv.org/abs/2109.01134"
-
-CITATION = """@article{zhou2022coop,
-  title   = {Learning to Prompt for Vision-Language Models},
-  author  = {Zhou, Kaiyang and Yang, Jingkang and Loy, Chen Change and Liu, Ziwei},
-  journal = {International Journal of Computer Vision},
-  year    = {2022}
-}"""
+# Title, summary, formula, paper and BibTeX entry of each method and objective.
+with open(os.path.join(os.path.dirname(__file__), "methods.json"), encoding="utf-8") as _file:
+    _FACTS = json.load(_file)
 
 TRAINING_KEYS = (
     "dataset",
@@ -160,11 +151,10 @@ def _title(name: str) -> str:
 
 
 def _fact(adapter: Any, name: str) -> str:
-    """What the adapter's class says of its method; CoOp's facts are here. Nothing is claimed of a silent one."""
-    defaults = {"card_title": CARD_TITLE, "card_summary": CARD_SUMMARY, "paper": PAPER, "citation": CITATION}
-    if adapter.config.method != "coop":
-        defaults = {"card_title": type(adapter).__name__}
-    return getattr(type(adapter), name, None) or defaults.get(name, "")
+    """A fact of the adapter's method: what its class says, as an attribute `card_title`, `card_summary`,
+    `card_formula`, `paper` or `citation`, else what is known here. Nothing is claimed of a silent one."""
+    known = _FACTS["methods"].get(adapter.config.method, {"title": type(adapter).__name__})
+    return getattr(type(adapter), name, None) or known.get(name.removeprefix("card_"), "")
 
 
 def _method(adapter: Any) -> str:
@@ -193,7 +183,7 @@ def _prompt(config: CoOpConfig) -> str:
     def some(part: list[str]) -> list[str]:
         return part if len(part) < 4 else [part[0], "…", part[-1]]
 
-    first = {"end": config.n_ctx, "middle": config.n_ctx // 2, "front": 0}[config.class_token_position]
+    first = split_context(config.class_token_position, config.n_ctx)
     return " ".join([*some(slots[:first]), "[CLASS]", *some(slots[first:]), "."])
 
 
@@ -201,6 +191,8 @@ def _learned(model: Any, key: str, adapter: Any, heading: str) -> str:
     config = adapter.config
     state = adapter.learned_state() if hasattr(adapter, "learned_state") else {"context": adapter.context.detach()}
     rows = [["Base model", _link(config.base_model_name_or_path)], ["Method", _fact(adapter, "card_title")]]
+    if _fact(adapter, "card_formula"):
+        rows.append(["Formula", code(_fact(adapter, "card_formula"))])
     if config.revision:
         rows.append(["Revision of the base", code(config.revision)])
     if isinstance(config, CoOpConfig):
@@ -282,7 +274,7 @@ def _results(adapter: Any, training: dict, heading: str) -> str:
     return f"## Results{heading}\n\nMeasured on {''.join(where)}.{seed}\n\n{table}"
 
 
-def _use(name: str, key: str, config: PromptConfig, heading: str) -> str:
+def _use(name: str, key: str, config: PromptConfig, heading: str, is_sigmoid: bool = False) -> str:
     arguments = [_quoted(name)]
     if key != "default":
         arguments.append(f"subfolder={_quoted(key)}")
@@ -308,7 +300,9 @@ def _use(name: str, key: str, config: PromptConfig, heading: str) -> str:
     ]
     text = f"## How to use it{heading}\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
     text += (
-        "The scores are probabilities over the classes of the list and add up to one: an image of something else "
+        "The scores are independent probabilities, one for each class of the list."
+        if is_sigmoid
+        else "The scores are probabilities over the classes of the list and add up to one: an image of something else "
         "gets one of these names too."
     )
     if not getattr(config, "class_specific", False):
@@ -360,9 +354,15 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _citation(adapters: dict) -> str:
+def _citation(adapters: dict, objective: str | None = None) -> str:
     works = dict.fromkeys((_method(a), _fact(a, "citation")) for a in adapters.values())
     texts = [
         f"The method is {method}." + (f"\n\n```bibtex\n{work.strip()}\n```" if work else "") for method, work in works
     ]
+    facts = _FACTS["objectives"].get(objective)
+    if facts:
+        texts.append(
+            f"It was trained with the objective of [{facts['title']}]({facts['paper']}), {code(facts['formula'])}.\n\n"
+            f"```bibtex\n{facts['citation']}\n```"
+        )
     return "## Citation\n\n" + "\n\n".join(texts)

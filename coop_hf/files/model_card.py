@@ -132,14 +132,15 @@ def make_card(
     trained = model.active_adapter if model.active_adapter in adapters else next(iter(adapters))
     metadata = _metadata(name, adapters, trained, training)
     parts = {"summary": _summary(name, adapters)}
+    is_sigmoid = getattr(getattr(model, "family", None), "is_sigmoid", False)
     for key, adapter in adapters.items():
         known = training if key == trained else {}
         heading = "" if list(adapters) == ["default"] else f": {code(key)}"
         parts[_part_name("learned", key)] = _learned(model, key, adapter, heading)
         parts[_part_name("results", key)] = _results(adapter, known, heading)
-        parts[_part_name("use", key)] = _use(name, key, adapter.config, heading)
+        parts[_part_name("use", key)] = _use(name, key, adapter.config, heading, is_sigmoid)
         parts[_part_name("training", key)] = _how_trained(known, heading)
-    parts["citation"] = _citation(adapters)
+    parts["citation"] = _citation(adapters, (training.get("hyperparameters") or {}).get("objective"))
     if existing is not None and existing.strip():
         return _merge(existing, name, metadata, parts, list(adapters), trained if training else None)
     body = "\n\n".join(_part(key, text) for key, text in parts.items())
