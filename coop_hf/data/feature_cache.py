@@ -188,9 +188,10 @@ def embed_images(
     Raises:
         ValueError: the active adapter's prompts change the image tower.
     """
-    if model.adapter.prompts_image_tower and not model.is_disabled:
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None and adapter.prompts_image_tower and not model.is_disabled:
         raise ValueError(
-            f"the prompts of the method {model.adapter.method!r} change the image tower, so image embeddings cannot "
+            f"the prompts of the method {adapter.method!r} change the image tower, so image embeddings cannot "
             "be kept: pass the images themselves, or call this within `model.disable_adapter()` for the base's own."
         )
     views = [None] if num_views is None else list(range(num_views))
