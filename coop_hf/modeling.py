@@ -8,7 +8,7 @@ Only what the adapter holds learns; for CoOp its context vectors (https://arxiv.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +19,14 @@ from transformers.utils import ModelOutput
 
 from .adapters.base import Adapter
 from .adapters.model import AdapterModel, Shapes
+from .adapters.tpt import tpt as tune
 from .checks import is_int
 from .config import ADAPTER_CONFIG_NAME, CoOpConfig, PromptConfig
 from .core.class_prompts import TEXT_PASSES, ClassPrompts
 from .core.families import check_tokenizer, get_family
 from .core.layout import fill_template, tokenize_texts
 from .data.labelled_images import collate
-from .data.transforms import decode_image, eval_transform
+from .data.transforms import eval_transform, is_one_image, read_image
 from .deploy.export import ImageClassifier, as_image_classifier
 from .deploy.merging import merge_and_unload
 from .files.adapter_files import check_adapter, read_adapter
@@ -259,7 +260,9 @@ class CoOpModel(AdapterModel):
     # ------------------------------------------------------------------ prediction
 
     @torch.no_grad()
-    def predict(self, images: Any, top_k: int | None = 5, batch_size: int = 32) -> list[Any]:
+    def predict(
+        self, images: Any, top_k: int | None = 5, batch_size: int = 32, tpt: bool | dict[str, Any] = False
+    ) -> list[Any]:
         """Classifies images.
 
         Args:
@@ -267,6 +270,8 @@ class CoOpModel(AdapterModel):
                 array stack or `datasets` image column of them.
             top_k (`int`, *optional*, defaults to 5): how many classes to return, best first; `None`: all.
             batch_size (`int`, *optional*, defaults to 32): images that go through the image tower at a time.
+            tpt (`bool` or `dict`, *optional*, defaults to `False`): tune the context on each image before it is
+                classified, `True` or the options of [`~coop_hf.adapters.tpt.tpt`]; the adapter stays as it is.
 
         Returns:
             `list[dict]` for one image, `[{"label": str, "score": float}, ...]` with scores that are probabilities
@@ -282,20 +287,26 @@ class CoOpModel(AdapterModel):
             raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
         names = self._class_prompts() and self.class_names
         assert names is not None
-        transform = eval_transform(self.image_processor)
-        is_single = _is_one_image(images)
+        is_single = is_one_image(images)
         images = [images] if is_single else images
         if len(images) == 0:
             raise ValueError("`images` is empty: pass at least one image.")
-        results = []
+        if tpt:
+            logits = tune(self, images, **{"batch_size": batch_size, **(tpt if isinstance(tpt, dict) else {})}).logits
+        else:
+            logits = torch.cat([*self._logits_of_images(images, batch_size)])
+        best = self.logits_to_probabilities(logits).topk(min(top_k or len(names), len(names)), dim=-1)
+        results = [
+            [{"label": names[c], "score": value} for c, value in zip(classes, values)]
+            for values, classes in zip(best.values.tolist(), best.indices.tolist())
+        ]
+        return results[0] if is_single else results
+
+    def _logits_of_images(self, images: Any, batch_size: int) -> Iterator[Tensor]:
+        transform = eval_transform(self.image_processor)
         for start in range(0, len(images), batch_size):
             indices = range(start, min(start + batch_size, len(images)))
-            inputs = collate([_read_image(images, index, transform) for index in indices])
-            scores = self.logits_to_probabilities(self(**inputs).logits)
-            best = scores.topk(min(top_k or len(names), len(names)), dim=-1)
-            for values, classes in zip(best.values.tolist(), best.indices.tolist()):
-                results.append([{"label": names[c], "score": value} for c, value in zip(classes, values)])
-        return results[0] if is_single else results
+            yield self(**collate([read_image(images, index, transform) for index in indices])).logits
 
     # Functions of their own rooms, and nothing to add.
     push_to_hub = push_to_hub
@@ -434,21 +445,3 @@ class CoOpModel(AdapterModel):
         if class_names is not None:
             model.set_class_names(class_names)
         return model
-
-
-def _is_one_image(images: Any) -> bool:
-    if isinstance(images, (str, bytes, os.PathLike, dict)) or not hasattr(images, "__len__"):
-        return True
-    return getattr(images, "ndim", None) in (2, 3)
-
-
-def _read_image(images: Any, index: int, transform: Any) -> dict[str, Tensor]:
-    try:
-        pixels = transform(decode_image(images[index]))
-    except Exception as error:
-        shown = f" ({images[index]!r})" if isinstance(images[index], (str, os.PathLike)) else ""
-        raise ValueError(
-            f"image {index}{shown} cannot be read: {error}. Pass a PIL image, the path of an image, or an array of "
-            "numbers from 0 to 255."
-        ) from error
-    return pixels if isinstance(pixels, dict) else {"pixel_values": pixels}

@@ -65,17 +65,19 @@ class IVLPConfig(DeepTextConfig, method="ivlp"):
         n_ctx (`int`, *optional*, defaults to 2), ctx_init (`str`, *optional*, defaults to `"a photo"`), fixed_words
             (`str`, *optional*, defaults to `"of a"`): see [`DeepTextConfig`].
         n_vision (`int`, *optional*, defaults to 2): visual prompts of a layer.
-        depth (`int`, *optional*): in both towers; see [`DeepTextConfig`].
+        vision_depth (`int`, *optional*, defaults to `depth`): layers with visual prompts.
     """
 
     n_ctx: int | None = 2
     ctx_init: str | None = "a photo"
     fixed_words: str | None = "of a"
     n_vision: int = 2
+    vision_depth: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_count(self, "n_vision")
+        _check_count(self, "vision_depth")
 
 
 @dataclass
@@ -122,21 +124,23 @@ class VPTConfig(PromptConfig, method="vpt"):
         _check_count(self, "depth")
 
 
-def _depth(config: Any, usual: int, towers: dict[str, int]) -> int:
+def _depth(config: Any, usual: int, towers: dict[str, int], field: str = "depth") -> int:
     """How many layers have prompts; checked against each tower's number of layers."""
+    given = getattr(config, field)
     for name, layers in towers.items():
         if not layers:
             raise ValueError(
                 f"this base's {name} tower is not a transformer, so it has no layers that the prompts of "
                 f"{config.method!r} could enter: take a method of the text tower, such as 'coop'."
             )
-        if config.depth is not None and config.depth > layers:
-            raise ValueError(f"`depth`={config.depth}, and the {name} tower has {layers} layers: lower it.")
-    return config.depth or min(usual, *towers.values())
+        if given is not None and given > layers:
+            raise ValueError(f"`{field}`={given}, and the {name} tower has {layers} layers: lower it.")
+    return given or min(usual, *towers.values())
 
 
 def _vectors(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape).normal_(std=CONTEXT_STD))
+    # Of no rows, at depth 1, it enters nowhere and has no gradient.
+    return nn.Parameter(torch.empty(shape).normal_(std=CONTEXT_STD), requires_grad=0 not in shape)
 
 
 class DeepText(CoOp, method="deep_text"):
@@ -159,13 +163,22 @@ class DeepText(CoOp, method="deep_text"):
 
 
 class IVLP(DeepText, method="ivlp"):
-    """Deep text prompts, and `visual` `(depth, n_vision, vision_width)`."""
+    """Deep text prompts, and `visual` `(vision_depth, n_vision, vision_width)`."""
 
     prompts_image_tower = True
 
     def __init__(self, config: IVLPConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
-        self.visual = _vectors(config.depth or 0, config.n_vision, family.vision_width)
+        self.visual = _vectors(config.vision_depth or 0, config.n_vision, family.vision_width)
+
+    @classmethod
+    def complete(cls, config: Any, family: Family, tokenizer: Any) -> dict[str, Any]:
+        if config.vision_depth is None:
+            own = super().complete(config, family, tokenizer)
+            return {**own, "vision_depth": own["depth"]}
+        vision_depth = _depth(config, cls.usual_depth, {"image": len(family.vision_layers)}, "vision_depth")
+        text = DeepText.complete(config, family, tokenizer)
+        return {**text, "vision_depth": vision_depth}
 
     def prompts(self, image_embeds: Tensor | None = None, class_embeds: Tensor | None = None) -> Prompts:
         return Prompts(super().prompts().text, dict(enumerate(self.visual)))

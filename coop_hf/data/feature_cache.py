@@ -184,7 +184,16 @@ def embed_images(
 
     Returns:
         `torch.Tensor` `(num_views or 1, len(images), projection_dim)`, projected, not normalised, fp32, on the CPU.
+
+    Raises:
+        ValueError: the active adapter's prompts change the image tower.
     """
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None and adapter.prompts_image_tower and not model.is_disabled:
+        raise ValueError(
+            f"the prompts of the method {adapter.method!r} change the image tower, so image embeddings cannot "
+            "be kept: pass the images themselves, or call this within `model.disable_adapter()` for the base's own."
+        )
     views = [None] if num_views is None else list(range(num_views))
     folder = os.path.join(cache_dir or default_cache_dir(), "features", _tower_key(model, images))
     dim = model.family.projection_dim

@@ -299,3 +299,27 @@ def train_transform(
         resample=int(getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC),
         **({"image_processor": processor} if is_flexible else _scaling(processor)),
     )
+
+
+def is_one_image(images: Any) -> bool:
+    """Whether this is an image, and not several."""
+    if isinstance(images, (str, bytes, os.PathLike, dict)) or not hasattr(images, "__len__"):
+        return True
+    return getattr(images, "ndim", None) in (2, 3)
+
+
+def read_image(images: Any, index: int, transform: Any) -> dict[str, torch.Tensor]:
+    """What `transform` makes of one of several images, by name.
+
+    Raises:
+        ValueError: it cannot be read; says which, and why.
+    """
+    try:
+        pixels = transform(decode_image(images[index]))
+    except Exception as error:
+        shown = f" ({images[index]!r})" if isinstance(images[index], (str, os.PathLike)) else ""
+        raise ValueError(
+            f"image {index}{shown} cannot be read: {error}. Pass a PIL image, the path of an image, or an array of "
+            "numbers from 0 to 255."
+        ) from error
+    return pixels if isinstance(pixels, dict) else {"pixel_values": pixels}
