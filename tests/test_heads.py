@@ -224,6 +224,23 @@ def test_predict_and_disabled_is_zero_shot(make_model, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_exported_with_the_head(make_model, method):
+    model = make_model(method)
+    v, labels, t0 = shots()
+    model.adapter.fit(v, labels, t0)
+    classifier = stirred(model).as_image_classifier()
+    pixels = torch.stack([model.image_processor(picture(i), return_tensors="pt").pixel_values[0] for i in (0, 1)])
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).logits
+        torch.testing.assert_close(classifier(pixels), expected, rtol=1e-5, atol=1e-5)
+        assert classifier.head.class_prompts is None and model.adapter.class_prompts is not None
+        exported = torch.export.export(classifier, (pixels,)).module()
+        torch.testing.assert_close(exported(pixels), expected, rtol=1e-4, atol=1e-4)
+        model.adapter.class_embeds.zero_()
+        torch.testing.assert_close(classifier(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_classes_in_another_order(make_model, method):
     model = make_model(method)
     v, labels, t0 = shots()

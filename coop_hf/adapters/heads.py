@@ -77,7 +77,7 @@ def class_means(v: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return sums / torch.bincount(labels, minlength=num_classes)[:, None]
 
 
-def clap_weights(v: Tensor, labels: Tensor, t0: Tensor, scale: Tensor | float) -> Tensor:
+def clap_weights(v: Tensor, labels: Tensor, t0: Tensor, scale: float) -> Tensor:
     """λ_c: the mean zero-shot probability of class c on its own shots, `(num_classes,)`."""
     own = (scale * v @ t0.T).softmax(dim=-1).gather(1, labels[:, None])
     return class_means(own, labels, len(t0))[:, 0]
@@ -176,7 +176,8 @@ class Head(Adapter):
         super().__init__(config, family, tokenizer)
         if config.class_names is None:
             raise ValueError(f"a head ({config.method!r}) belongs to its classes: pass `class_names=[...]` with it.")
-        self.family = family
+        self.scale = float(family.logit_scale)  # s; the base is frozen
+        self.dim = family.projection_dim
         self.register_buffer("class_embeds", torch.zeros(self.shape) if config.stores_class_embeds else None)
 
     @property
@@ -186,12 +187,7 @@ class Head(Adapter):
     @property
     def shape(self) -> tuple[int, int]:
         """`(num_classes, projection_dim)`."""
-        return len(self.config.class_names or ()), self.family.projection_dim
-
-    @property
-    def scale(self) -> Tensor:
-        """The base model's logit scale s."""
-        return self.family.logit_scale
+        return len(self.config.class_names or ()), self.dim
 
     def text(self, text_embeds: Tensor) -> Tensor:
         """t⁰: the class embeddings that are stored, or else those that the model gives."""
@@ -226,7 +222,7 @@ class Head(Adapter):
             ValueError: shapes or labels that do not fit, NaN, or a class without images.
         """
         v, labels, t0 = check_shots(image_embeds, labels, class_embeds, self.shape)
-        device = next((t.device for t in [*self.parameters(), *self.buffers()]), self.scale.device)
+        device = next(t.device for t in [*self.parameters(), *self.buffers()])
         self.config = replace(self.config, stores_class_embeds=True)
         self.class_embeds = t0.to(device)
         self._start(v.to(device), labels.to(device), self.class_embeds)
@@ -356,11 +352,11 @@ class TipAdapter(Head, method="tip_adapter"):
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         t0 = self.text(text_embeds)
         cache = self._cache_scores(image_embeds @ self.keys.T, self.config.beta)
-        return image_embeds @ t0.T + self.config.alpha / self.scale.to(t0.device) * cache
+        return image_embeds @ t0.T + self.config.alpha / self.scale * cache
 
     def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
         """200 values of β from 0.1 to 7, and of α 20 from 0.1 to 3."""
-        zero_shot, products, scale = v @ t0.T, v @ self.keys.T, self.scale.to(t0.device)
+        zero_shot, products, scale = v @ t0.T, v @ self.keys.T, self.scale
         for beta in (0.1 + i * 6.9 / 200 for i in range(200)):
             cache = self._cache_scores(products, beta)
             for alpha in (0.1 + i * 2.9 / 20 for i in range(20)):
@@ -488,7 +484,7 @@ class CLAP(ZSLP, method="clap"):
 
     def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         super()._start(v, labels, t0)
-        self.multipliers.copy_(clap_weights(v.flatten(0, 1), labels.repeat(len(v)), t0, self.scale.to(t0.device)))
+        self.multipliers.copy_(clap_weights(v.flatten(0, 1), labels.repeat(len(v)), t0, self.scale))
 
     def penalty(self) -> Tensor:
         return (self.multipliers * self.residual.square().sum(dim=-1)).mean()
@@ -518,7 +514,8 @@ class CLIPAdapterConfig(HeadConfig, method="clip_adapter"):
 class CLIPAdapter(Head, method="clip_adapter"):
     """CLIP-Adapter (https://arxiv.org/abs/2110.04544): image embeddings and a two-layer network of them, mixed.
 
-    Batches of 256 at eight times CoOp's learning rate for 32.
+    Learned by CoOp's recipe, in batches of 256 at eight times its learning rate for 32. The network starts at random
+    when the head is made, and learns on when it is fitted again.
     """
 
     recipe = {
@@ -571,7 +568,7 @@ class LPPlusPlus(Head, method="lp_plus_plus"):
 
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         text = self.alpha * (image_embeds @ self.text(text_embeds).T)
-        return (image_embeds @ self.weight.T + self.bias + text) / self.scale.to(text.device)
+        return (image_embeds @ self.weight.T + self.bias + text) / self.scale
 
 
 @dataclass(kw_only=True)
@@ -603,10 +600,10 @@ class GDA(Head, method="gda"):
 
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         linear = image_embeds @ self.weight.T + self.bias
-        return image_embeds @ self.text(text_embeds).T + self.config.alpha / self.scale.to(linear.device) * linear
+        return image_embeds @ self.text(text_embeds).T + self.config.alpha / self.scale * linear
 
     def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
         """α of 10⁻⁴ to 10²."""
-        zero_shot, linear, scale = v @ t0.T, v @ self.weight.T + self.bias, self.scale.to(t0.device)
+        zero_shot, linear, scale = v @ t0.T, v @ self.weight.T + self.bias, self.scale
         for alpha in (10.0**power for power in range(-4, 3)):
             yield {"alpha": alpha}, zero_shot + alpha / scale * linear
