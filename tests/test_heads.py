@@ -203,6 +203,9 @@ def test_saved_and_loaded_is_the_same(make_model, method, tmp_path):
     assert not loaded.adapter.learned_state().keys() ^ model.adapter.learned_state().keys()
     after = model.get_base_model().state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "A learned head" in card and card.count(model.adapter.paper) >= 2 and model.adapter.card_title in card
+    assert "takes other classes" not in card and "Context Optimization" not in card
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -45,6 +45,15 @@ __all__ = [
     "ZSLPConfig",
 ]
 
+
+def _cite(key: str, author: str, title: str, where: str, year: int) -> str:
+    """BibTeX."""
+    return (
+        f"@article{{{key},\n  title   = {{{title}}},\n  author  = {{{author}}},\n  journal = {{{where}}},\n"
+        f"  year    = {{{year}}}\n}}"
+    )
+
+
 MAX_KEYS = 2_000_000  # what a stranger's file may ask for: more than ImageNet's training images
 
 
@@ -168,6 +177,7 @@ class Head(Adapter):
         recipe (`dict`): arguments of `CoOpTrainingArguments` that the head learns with; empty: `fit` is all.
     """
 
+    card_kind: ClassVar[str] = "A learned head on image features"
     recipe: ClassVar[dict[str, Any]] = {}
     class_rows: ClassVar[tuple[str, ...]] = ()  # tensors with one row for each class
     class_embeds: Tensor | None
@@ -329,6 +339,17 @@ class TipAdapter(Head, method="tip_adapter"):
     """
 
     learns_keys = False
+    card_title = "Tip-Adapter"
+    paper = "https://arxiv.org/abs/2207.09519"
+    card_summary = "It compares images with those of a few examples, beside the prompts of the classes."
+    citation = _cite(
+        "zhang2022tip",
+        "Zhang, Renrui and Zhang, Wei and Fang, Rongyao and Gao, Peng and Li, Kunchang and Dai, Jifeng and "
+        "Qiao, Yu and Li, Hongsheng",
+        "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
+        "ECCV",
+        2022,
+    )
 
     def __init__(self, config: TipAdapterConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -381,6 +402,11 @@ class TipAdapterF(TipAdapter, method="tip_adapter_f"):
     """Tip-Adapter-F (https://arxiv.org/abs/2207.09519): Tip-Adapter whose keys learn, by cross-entropy."""
 
     learns_keys = True
+    card_title = "Tip-Adapter-F"
+    paper = "https://arxiv.org/abs/2207.09519"
+    card_summary = (
+        "It compares images with learned keys that start at a few examples, beside the prompts of the classes."
+    )
     recipe = {
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
@@ -414,6 +440,16 @@ class TaskRes(Head, method="taskres"):
     """TaskRes (https://arxiv.org/abs/2211.10277): w_c = t⁰_c + α · x_c, x starts at 0; cross-entropy."""
 
     class_rows = ("residual",)
+    card_title = "TaskRes"
+    paper = "https://arxiv.org/abs/2211.10277"
+    card_summary = "It learns what is added to the class embeddings."
+    citation = _cite(
+        "yu2023task",
+        "Yu, Tao and Lu, Zhihe and Jin, Xin and Chen, Zhibo and Wang, Xinchao",
+        "Task Residual for Tuning Vision-Language Models",
+        "CVPR",
+        2023,
+    )
     recipe = {
         "recipe": "paper",  # the learning rate's cosine by epochs
         "optim": "adamw_torch",
@@ -450,6 +486,16 @@ class ZSLPConfig(HeadConfig, method="zs_lp"):
 class ZSLP(TaskRes, method="zs_lp"):
     """ZS-LP (https://arxiv.org/abs/2312.12730): a linear probe by cosine, s · cos(v, w_c), that starts at t⁰."""
 
+    card_title = "ZS-LP"
+    paper = "https://arxiv.org/abs/2312.12730"
+    card_summary = "It learns class weights that start at the class embeddings."
+    citation = _cite(
+        "silva2024closer",
+        "Silva-Rodríguez, Julio and Hajimiri, Sina and Ben Ayed, Ismail and Dolz, Jose",
+        "A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models",
+        "CVPR",
+        2024,
+    )
     recipe = {
         "recipe": "paper",
         "optim": "sgd",
@@ -477,6 +523,9 @@ class CLAP(ZSLP, method="clap"):
     """
 
     class_rows = ("residual", "multipliers")
+    card_title = "CLAP"
+    paper = "https://arxiv.org/abs/2312.12730"
+    card_summary = "It learns class weights that start at the class embeddings and are held near them."
 
     def __init__(self, config: CLAPConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -518,6 +567,17 @@ class CLIPAdapter(Head, method="clip_adapter"):
     when the head is made, and learns on when it is fitted again.
     """
 
+    card_title = "CLIP-Adapter"
+    paper = "https://arxiv.org/abs/2110.04544"
+    card_summary = "It learns a small network on image embeddings."
+    citation = _cite(
+        "gao2021clip",
+        "Gao, Peng and Geng, Shijie and Zhang, Renrui and Ma, Teli and Fang, Rongyao and "
+        "Zhang, Yongfeng and Li, Hongsheng and Qiao, Yu",
+        "CLIP-Adapter: Better Vision-Language Models with Feature Adapters",
+        "arXiv:2110.04544",
+        2021,
+    )
     recipe = {
         "recipe": "paper",
         "optim": "sgd",
@@ -554,6 +614,16 @@ class LPPlusPlus(Head, method="lp_plus_plus"):
     """LP++ (https://arxiv.org/abs/2404.02285): logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; see [`lp_plus_plus`]."""
 
     class_rows = ("weight", "bias", "alpha")
+    card_title = "LP++"
+    paper = "https://arxiv.org/abs/2404.02285"
+    card_summary = "It learns a linear classifier beside a weight for the prompt of each class."
+    citation = _cite(
+        "huang2024lp",
+        "Huang, Yunshi and Shakeri, Fereshteh and Dolz, Jose and Boudiaf, Malik and Bahig, Houda and Ben Ayed, Ismail",
+        "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP",
+        "CVPR",
+        2024,
+    )
 
     def __init__(self, config: LPPlusPlusConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -587,6 +657,16 @@ class GDA(Head, method="gda"):
     """GDA (https://arxiv.org/abs/2402.04087): s · v · t⁰ᵀ + α (v · Wᵀ + b), in closed form; see [`gda`]."""
 
     class_rows = ("weight", "bias")
+    card_title = "GDA"
+    paper = "https://arxiv.org/abs/2402.04087"
+    card_summary = "It adds a Gaussian discriminant of a few examples, in closed form, to the prompts of the classes."
+    citation = _cite(
+        "wang2024hard",
+        "Wang, Zhengbo and Liang, Jian and Sheng, Lijun and He, Ran and Wang, Zilei and Tan, Tieniu",
+        "A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation",
+        "ICLR",
+        2024,
+    )
 
     def __init__(self, config: GDAConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)

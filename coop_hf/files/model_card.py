@@ -13,7 +13,7 @@ adapter stays while its part "What was learned" comes out the same. Each adapter
 share a repository.
 
 A method tells its facts as attributes of its adapter class: `card_title` and `paper` (its name and its link),
-`card_summary` (one sentence: what it learns), `citation` (BibTeX).
+`card_summary` (one sentence: what it learns), `citation` (BibTeX); `card_kind` (what it is) unless it is a prompt.
 """
 
 import dataclasses
@@ -50,6 +50,8 @@ MAX_CONTEXTS_SHOWN = 5
 CARD_TITLE = "Context Optimization (CoOp)"
 
 CARD_SUMMARY = "CoOp learns the vectors that stand round the name of the class."
+
+CARD_KIND = "Learned prompts"
 
 PAPER = "https://arxiv.org/abs/2109.01134"
 
@@ -170,7 +172,7 @@ def make_card(
         heading = "" if list(adapters) == ["default"] else f": {code(key)}"
         parts[_part_name("learned", key)] = _learned(model, key, adapter, heading)
         parts[_part_name("results", key)] = _results(adapter, known, heading)
-        parts[_part_name("use", key)] = _use(name, key, adapter.config, heading)
+        parts[_part_name("use", key)] = _use(name, key, adapter, heading)
         parts[_part_name("training", key)] = _how_trained(known, heading)
     parts["citation"] = _citation(adapters)
     if existing is not None and existing.strip():
@@ -411,17 +413,22 @@ def _title(name: str) -> str:
 def _fact(adapter, name: str):
     """What the adapter's class says of its method, CoOp's where it says nothing."""
     defaults = {"card_title": CARD_TITLE, "card_summary": CARD_SUMMARY, "paper": PAPER, "citation": CITATION}
+    defaults["card_kind"] = CARD_KIND
     return getattr(type(adapter), name, None) or defaults[name]
 
 
 def _summary(name: str, adapters: dict) -> str:
     adapter = next(iter(adapters.values()))
-    config = adapter.config
+    config, kind, lead = adapter.config, _fact(adapter, "card_kind"), ""
+    if kind == CARD_KIND:
+        lead = (
+            f"Where people write a prompt by hand, such as {code(config.template)}, prompt learning learns it from "
+            "examples. "
+        )
     return (
         f"# {_title(name)}\n\n"
-        f"Learned prompts for {_link(config.base_model_name_or_path)}, made with "
-        f"[{_fact(adapter, 'card_title')}]({_fact(adapter, 'paper')}). Where people write a prompt by hand, such as "
-        f"{code(config.template)}, prompt learning learns it from examples. {_fact(adapter, 'card_summary')} Every "
+        f"{kind} for {_link(config.base_model_name_or_path)}, made with "
+        f"[{_fact(adapter, 'card_title')}]({_fact(adapter, 'paper')}). {lead}{_fact(adapter, 'card_summary')} Every "
         "weight of the model stays as it is. Only what was learned is here; the model itself is loaded from its own "
         "place."
     )
@@ -509,7 +516,12 @@ def _results(adapter, training: dict, heading: str) -> str:
     if zero_shot:
         cells = [f"{100 * zero_shot[key]:.1f}" if key in zero_shot else "" for key in learned]
         rows.append([f"Zero-shot, {code(template)}", *cells])
-    rows.append(["This prompt", *[f"**{100 * value:.1f}**" for value in learned.values()]])
+    rows.append(
+        [
+            "This prompt" if _fact(adapter, "card_kind") == CARD_KIND else "This head",
+            *[f"**{100 * value:.1f}**" for value in learned.values()],
+        ]
+    )
     if zero_shot:
         rows.append(
             ["Difference"]
@@ -522,7 +534,8 @@ def _results(adapter, training: dict, heading: str) -> str:
     return f"## Results{heading}\n\nMeasured on {''.join(where)}.{seed}\n\n{table}"
 
 
-def _use(name: str, key: str, config, heading: str) -> str:
+def _use(name: str, key: str, adapter, heading: str) -> str:
+    config = adapter.config
     arguments = [_quoted(name)]
     if key != "default":
         arguments.append(f"subfolder={_quoted(key)}")
@@ -551,7 +564,7 @@ def _use(name: str, key: str, config, heading: str) -> str:
         "The scores are probabilities over the classes of the list and add up to one: an image of something else "
         "gets one of these names too."
     )
-    if not getattr(config, "class_specific", False):
+    if not getattr(adapter, "is_class_bound", False):
         text += ' The prompt takes other classes as well: `model.set_class_names(["cat", "dog"])`.'
     if key != "default":
         name, key = _quoted(name), _quoted(key)
