@@ -16,7 +16,7 @@ from conftest import CLASS_NAMES, REAL_TOKENIZER, SHARED, make_base, picture
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from coop_hf import CoOpConfig, CoOpModel
+from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
 from coop_hf.adapters import heads
 from coop_hf.config import CONFIGS
 from coop_hf.training.heads import fit_head
@@ -392,6 +392,16 @@ def test_what_does_not_fit_is_told(make_model, change, message):
     with pytest.raises(ValueError, match=message):
         model.adapter.fit(*change(*shots()))
     assert model.adapter.class_embeds is None
+
+
+def test_clap_without_shots_does_not_train(make_model, tmp_path):
+    model = make_model("clap")
+    v, labels, _ = shots()
+    args = CoOpTrainingArguments(tmp_path, disable_tqdm=True, **model.adapter.arguments(4))
+    trainer = CoOpTrainer(model, args, train_dataset=EmbeddedImages(v, labels))
+    assert args.objective == "clap"
+    with pytest.raises(ValueError, match="fit"):
+        trainer.train()
 
 
 def test_misuse_is_told(make_model, tokenizer):

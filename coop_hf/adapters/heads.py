@@ -208,14 +208,6 @@ class Head(Adapter):
         """What the head learns with, as arguments of `CoOpTrainingArguments`; empty where `fit` is all."""
         return dict(cls.recipe)
 
-    def penalty(self) -> Tensor | float:
-        """What is added to the cross-entropy."""
-        return 0.0
-
-    def objective(self, output: Any, labels: Tensor, frozen: Any = None) -> Tensor:
-        """The loss that the head learns by, as `CoOpTrainingArguments(objective=...)` takes it."""
-        return F.cross_entropy(output.logits, labels) + self.penalty()
-
     @torch.no_grad()
     def fit(self, image_embeds: Tensor, labels: Tensor, class_embeds: Tensor) -> "Head":
         """Takes what the shots alone give.
@@ -536,6 +528,13 @@ class CLAP(ZSLP, method="clap"):
         self.multipliers.copy_(clap_weights(v.flatten(0, 1), labels.repeat(len(v)), t0, self.scale))
 
     def penalty(self) -> Tensor:
+        """mean_c λ_c ‖w_c − t⁰_c‖².
+
+        Raises:
+            ValueError: λ is not known, because the head has not seen the shots.
+        """
+        if self.class_embeds is None:
+            raise ValueError("CLAP's penalty comes from the shots: call `model.adapter.fit(...)` before training.")
         return (self.multipliers * self.residual.square().sum(dim=-1)).mean()
 
 

@@ -90,7 +90,7 @@ def fit_head(
     if recipe:
         with tempfile.TemporaryDirectory() as folder:
             quiet = {"output_dir": folder, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-            args = CoOpTrainingArguments(**{**quiet, "objective": head.objective, **recipe, **arguments})
+            args = CoOpTrainingArguments(**{**quiet, **recipe, **arguments})
             trainer = CoOpTrainer(model, args, train_dataset=EmbeddedImages(image_embeds, labels))
             trainer.remove_callback(PrinterCallback)
             trainer.train()
