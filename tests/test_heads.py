@@ -418,6 +418,14 @@ def test_misuse_is_told(make_model, tokenizer):
         CONFIGS["clip_adapter"](reduction=0)
 
 
+def test_weight_of_the_discriminant(make_model):
+    """A sixteenth of the images of a class, views counted, unless it is given."""
+    v, labels, t0 = shots(per_class=8)
+    assert make_model("gda").adapter.fit(v, labels, t0).config.alpha == 0.5
+    assert make_model("gda").adapter.fit(torch.stack([v, v.flip(1)]), labels, t0).config.alpha == 1.0
+    assert make_model("gda", alpha=0.2).adapter.fit(v, labels, t0).config.alpha == 0.2
+
+
 def test_labels_of_a_damaged_cache_are_refused(make_model, tmp_path):
     model = make_model("tip_adapter")
     model.adapter.fit(*shots())

@@ -163,7 +163,8 @@ class HeadConfig(PromptConfig):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"`{field.name}` must be True or False, got {shown(value)}.")
-            if field.type is float and not (is_number and math.isfinite(value)):
+            is_optional = field.type == float | None and value is None
+            if field.type in (float, float | None) and not is_optional and not (is_number and math.isfinite(value)):
                 raise ValueError(f"`{field.name}` must be a finite number, got {shown(value)}.")
         super().__post_init__()
 
@@ -645,11 +646,12 @@ class GDAConfig(HeadConfig, method="gda"):
     """Configuration of [`GDA`].
 
     Args:
-        alpha (`float`, *optional*, defaults to 0.1): weight of the discriminant beside the zero-shot logits: the
-            middle of the grid that the paper tries on validation, which `search` does.
+        alpha (`float`, *optional*): weight of the discriminant beside the zero-shot logits. The paper chooses it on
+            validation, as `search` does. `None`: `fit` sets a sixteenth of the images of a class, views counted,
+            because the paper's Σ⁻¹ is a covariance over the number of images.
     """
 
-    alpha: float = 0.1
+    alpha: float | None = None
 
 
 class GDA(Head, method="gda"):
@@ -676,10 +678,12 @@ class GDA(Head, method="gda"):
         weight, bias = gda(v.flatten(0, 1).double(), labels.repeat(len(v)), self.shape[0])
         self.weight.copy_(weight)
         self.bias.copy_(bias)
+        if self.config.alpha is None:
+            self.config = replace(self.config, alpha=v.shape[0] * v.shape[1] / (16 * self.shape[0]))
 
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         linear = image_embeds @ self.weight.T + self.bias
-        return image_embeds @ self.text(text_embeds).T + self.config.alpha / self.scale * linear
+        return image_embeds @ self.text(text_embeds).T + (self.config.alpha or 0.0) / self.scale * linear
 
     def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
         """α of 10⁻⁴ to 10²."""
