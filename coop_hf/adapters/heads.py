@@ -182,6 +182,7 @@ class Head(Adapter):
     recipe: ClassVar[dict[str, Any]] = {}
     class_rows: ClassVar[tuple[str, ...]] = ()  # tensors with one row for each class
     class_embeds: Tensor | None
+    config: Any
 
     def __init__(self, config: HeadConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -248,7 +249,8 @@ class Head(Adapter):
         if self.class_embeds is None:
             raise ValueError("the head has not been fitted: call `fit(image_embeds, labels, class_embeds)` first.")
         v, labels, t0 = check_shots(image_embeds, labels, self.class_embeds, self.shape, all_classes=False)
-        labels, chosen, most = labels.to(t0.device), {}, -1
+        labels, most = labels.to(t0.device), -1
+        chosen: dict[str, float] = {}
         for values, scores in self.candidates(v[0].to(t0.device), t0):
             right = int((scores.argmax(dim=-1) == labels).sum())
             if right > most:
@@ -331,7 +333,9 @@ class TipAdapter(Head, method="tip_adapter"):
     Logits s · v · t⁰ᵀ + α · exp(−β (1 − v · Kᵀ)) · L; a key is the normalised mean over the views of one shot.
     """
 
-    learns_keys = False
+    learns_keys: ClassVar[bool] = False
+    keys: Tensor
+    key_labels: Tensor
     card_title = "Tip-Adapter"
     paper = "https://arxiv.org/abs/2207.09519"
     card_summary = "It compares images with those of a few examples, beside the prompts of the classes."
@@ -516,6 +520,7 @@ class CLAP(ZSLP, method="clap"):
     """
 
     class_rows = ("residual", "multipliers")
+    multipliers: Tensor
     card_title = "CLAP"
     paper = "https://arxiv.org/abs/2312.12730"
     card_summary = "It learns class weights that start at the class embeddings and are held near them."
@@ -658,6 +663,8 @@ class GDA(Head, method="gda"):
     """GDA (https://arxiv.org/abs/2402.04087): s · v · t⁰ᵀ + α (v · Wᵀ + b), in closed form; see [`gda`]."""
 
     class_rows = ("weight", "bias")
+    weight: Tensor
+    bias: Tensor
     card_title = "GDA"
     paper = "https://arxiv.org/abs/2402.04087"
     card_summary = "It adds a Gaussian discriminant of a few examples, in closed form, to the prompts of the classes."
