@@ -45,6 +45,15 @@ __all__ = [
     "ZSLPConfig",
 ]
 
+
+def _cite(key: str, author: str, title: str, where: str, year: int) -> str:
+    """BibTeX."""
+    return (
+        f"@article{{{key},\n  title   = {{{title}}},\n  author  = {{{author}}},\n  journal = {{{where}}},\n"
+        f"  year    = {{{year}}}\n}}"
+    )
+
+
 MAX_KEYS = 2_000_000  # what a stranger's file may ask for: more than ImageNet's training images
 
 
@@ -77,7 +86,7 @@ def class_means(v: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return sums / torch.bincount(labels, minlength=num_classes)[:, None]
 
 
-def clap_weights(v: Tensor, labels: Tensor, t0: Tensor, scale: Tensor | float) -> Tensor:
+def clap_weights(v: Tensor, labels: Tensor, t0: Tensor, scale: float) -> Tensor:
     """λ_c: the mean zero-shot probability of class c on its own shots, `(num_classes,)`."""
     own = (scale * v @ t0.T).softmax(dim=-1).gather(1, labels[:, None])
     return class_means(own, labels, len(t0))[:, 0]
@@ -154,7 +163,8 @@ class HeadConfig(PromptConfig):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"`{field.name}` must be True or False, got {shown(value)}.")
-            if field.type is float and not (is_number and math.isfinite(value)):
+            is_optional = field.type == float | None and value is None
+            if field.type in (float, float | None) and not is_optional and not (is_number and math.isfinite(value)):
                 raise ValueError(f"`{field.name}` must be a finite number, got {shown(value)}.")
         super().__post_init__()
 
@@ -168,15 +178,18 @@ class Head(Adapter):
         recipe (`dict`): arguments of `CoOpTrainingArguments` that the head learns with; empty: `fit` is all.
     """
 
+    card_kind: ClassVar[str] = "A learned head on image features"
     recipe: ClassVar[dict[str, Any]] = {}
     class_rows: ClassVar[tuple[str, ...]] = ()  # tensors with one row for each class
     class_embeds: Tensor | None
+    config: Any
 
     def __init__(self, config: HeadConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         if config.class_names is None:
             raise ValueError(f"a head ({config.method!r}) belongs to its classes: pass `class_names=[...]` with it.")
-        self.family = family
+        self.scale = float(family.logit_scale)  # s; the base is frozen
+        self.dim = family.projection_dim
         self.register_buffer("class_embeds", torch.zeros(self.shape) if config.stores_class_embeds else None)
 
     @property
@@ -186,12 +199,7 @@ class Head(Adapter):
     @property
     def shape(self) -> tuple[int, int]:
         """`(num_classes, projection_dim)`."""
-        return len(self.config.class_names or ()), self.family.projection_dim
-
-    @property
-    def scale(self) -> Tensor:
-        """The base model's logit scale s."""
-        return self.family.logit_scale
+        return len(self.config.class_names or ()), self.dim
 
     def text(self, text_embeds: Tensor) -> Tensor:
         """t⁰: the class embeddings that are stored, or else those that the model gives."""
@@ -201,14 +209,6 @@ class Head(Adapter):
     def arguments(cls, num_shots: int) -> dict[str, Any]:
         """What the head learns with, as arguments of `CoOpTrainingArguments`; empty where `fit` is all."""
         return dict(cls.recipe)
-
-    def penalty(self) -> Tensor | float:
-        """What is added to the cross-entropy."""
-        return 0.0
-
-    def objective(self, output: Any, labels: Tensor, frozen: Any = None) -> Tensor:
-        """The loss that the head learns by, as `CoOpTrainingArguments(objective=...)` takes it."""
-        return F.cross_entropy(output.logits, labels) + self.penalty()
 
     @torch.no_grad()
     def fit(self, image_embeds: Tensor, labels: Tensor, class_embeds: Tensor) -> "Head":
@@ -226,7 +226,7 @@ class Head(Adapter):
             ValueError: shapes or labels that do not fit, NaN, or a class without images.
         """
         v, labels, t0 = check_shots(image_embeds, labels, class_embeds, self.shape)
-        device = next((t.device for t in [*self.parameters(), *self.buffers()]), self.scale.device)
+        device = next(t.device for t in [*self.parameters(), *self.buffers()])
         self.config = replace(self.config, stores_class_embeds=True)
         self.class_embeds = t0.to(device)
         self._start(v.to(device), labels.to(device), self.class_embeds)
@@ -249,7 +249,8 @@ class Head(Adapter):
         if self.class_embeds is None:
             raise ValueError("the head has not been fitted: call `fit(image_embeds, labels, class_embeds)` first.")
         v, labels, t0 = check_shots(image_embeds, labels, self.class_embeds, self.shape, all_classes=False)
-        labels, chosen, most = labels.to(t0.device), {}, -1
+        labels, most = labels.to(t0.device), -1
+        chosen: dict[str, float] = {}
         for values, scores in self.candidates(v[0].to(t0.device), t0):
             right = int((scores.argmax(dim=-1) == labels).sum())
             if right > most:
@@ -332,7 +333,20 @@ class TipAdapter(Head, method="tip_adapter"):
     Logits s · v · t⁰ᵀ + α · exp(−β (1 − v · Kᵀ)) · L; a key is the normalised mean over the views of one shot.
     """
 
-    learns_keys = False
+    learns_keys: ClassVar[bool] = False
+    keys: Tensor
+    key_labels: Tensor
+    card_title = "Tip-Adapter"
+    paper = "https://arxiv.org/abs/2207.09519"
+    card_summary = "It compares images with those of a few examples, beside the prompts of the classes."
+    citation = _cite(
+        "zhang2022tip",
+        "Zhang, Renrui and Zhang, Wei and Fang, Rongyao and Gao, Peng and Li, Kunchang and Dai, Jifeng and "
+        "Qiao, Yu and Li, Hongsheng",
+        "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
+        "ECCV",
+        2022,
+    )
 
     def __init__(self, config: TipAdapterConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -356,11 +370,11 @@ class TipAdapter(Head, method="tip_adapter"):
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         t0 = self.text(text_embeds)
         cache = self._cache_scores(image_embeds @ self.keys.T, self.config.beta)
-        return image_embeds @ t0.T + self.config.alpha / self.scale.to(t0.device) * cache
+        return image_embeds @ t0.T + self.config.alpha / self.scale * cache
 
     def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
         """200 values of β from 0.1 to 7, and of α 20 from 0.1 to 3."""
-        zero_shot, products, scale = v @ t0.T, v @ self.keys.T, self.scale.to(t0.device)
+        zero_shot, products, scale = v @ t0.T, v @ self.keys.T, self.scale
         for beta in (0.1 + i * 6.9 / 200 for i in range(200)):
             cache = self._cache_scores(products, beta)
             for alpha in (0.1 + i * 2.9 / 20 for i in range(20)):
@@ -385,6 +399,11 @@ class TipAdapterF(TipAdapter, method="tip_adapter_f"):
     """Tip-Adapter-F (https://arxiv.org/abs/2207.09519): Tip-Adapter whose keys learn, by cross-entropy."""
 
     learns_keys = True
+    card_title = "Tip-Adapter-F"
+    paper = "https://arxiv.org/abs/2207.09519"
+    card_summary = (
+        "It compares images with learned keys that start at a few examples, beside the prompts of the classes."
+    )
     recipe = {
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
@@ -418,6 +437,16 @@ class TaskRes(Head, method="taskres"):
     """TaskRes (https://arxiv.org/abs/2211.10277): w_c = t⁰_c + α · x_c, x starts at 0; cross-entropy."""
 
     class_rows = ("residual",)
+    card_title = "TaskRes"
+    paper = "https://arxiv.org/abs/2211.10277"
+    card_summary = "It learns what is added to the class embeddings."
+    citation = _cite(
+        "yu2023task",
+        "Yu, Tao and Lu, Zhihe and Jin, Xin and Chen, Zhibo and Wang, Xinchao",
+        "Task Residual for Tuning Vision-Language Models",
+        "CVPR",
+        2023,
+    )
     recipe = {
         "recipe": "paper",  # the learning rate's cosine by epochs
         "optim": "adamw_torch",
@@ -454,6 +483,16 @@ class ZSLPConfig(HeadConfig, method="zs_lp"):
 class ZSLP(TaskRes, method="zs_lp"):
     """ZS-LP (https://arxiv.org/abs/2312.12730): a linear probe by cosine, s · cos(v, w_c), that starts at t⁰."""
 
+    card_title = "ZS-LP"
+    paper = "https://arxiv.org/abs/2312.12730"
+    card_summary = "It learns class weights that start at the class embeddings."
+    citation = _cite(
+        "silva2024closer",
+        "Silva-Rodríguez, Julio and Hajimiri, Sina and Ben Ayed, Ismail and Dolz, Jose",
+        "A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models",
+        "CVPR",
+        2024,
+    )
     recipe = {
         "recipe": "paper",
         "optim": "sgd",
@@ -481,6 +520,10 @@ class CLAP(ZSLP, method="clap"):
     """
 
     class_rows = ("residual", "multipliers")
+    multipliers: Tensor
+    card_title = "CLAP"
+    paper = "https://arxiv.org/abs/2312.12730"
+    card_summary = "It learns class weights that start at the class embeddings and are held near them."
 
     def __init__(self, config: CLAPConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -488,9 +531,16 @@ class CLAP(ZSLP, method="clap"):
 
     def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
         super()._start(v, labels, t0)
-        self.multipliers.copy_(clap_weights(v.flatten(0, 1), labels.repeat(len(v)), t0, self.scale.to(t0.device)))
+        self.multipliers.copy_(clap_weights(v.flatten(0, 1), labels.repeat(len(v)), t0, self.scale))
 
     def penalty(self) -> Tensor:
+        """mean_c λ_c ‖w_c − t⁰_c‖².
+
+        Raises:
+            ValueError: λ is not known, because the head has not seen the shots.
+        """
+        if self.class_embeds is None:
+            raise ValueError("CLAP's penalty comes from the shots: call `model.adapter.fit(...)` before training.")
         return (self.multipliers * self.residual.square().sum(dim=-1)).mean()
 
 
@@ -518,9 +568,21 @@ class CLIPAdapterConfig(HeadConfig, method="clip_adapter"):
 class CLIPAdapter(Head, method="clip_adapter"):
     """CLIP-Adapter (https://arxiv.org/abs/2110.04544): image embeddings and a two-layer network of them, mixed.
 
-    Batches of 256 at eight times CoOp's learning rate for 32.
+    Learned by CoOp's recipe, in batches of 256 at eight times its learning rate for 32. The network starts at random
+    when the head is made, and learns on when it is fitted again.
     """
 
+    card_title = "CLIP-Adapter"
+    paper = "https://arxiv.org/abs/2110.04544"
+    card_summary = "It learns a small network on image embeddings."
+    citation = _cite(
+        "gao2021clip",
+        "Gao, Peng and Geng, Shijie and Zhang, Renrui and Ma, Teli and Fang, Rongyao and "
+        "Zhang, Yongfeng and Li, Hongsheng and Qiao, Yu",
+        "CLIP-Adapter: Better Vision-Language Models with Feature Adapters",
+        "arXiv:2110.04544",
+        2021,
+    )
     recipe = {
         "recipe": "paper",
         "optim": "sgd",
@@ -557,6 +619,16 @@ class LPPlusPlus(Head, method="lp_plus_plus"):
     """LP++ (https://arxiv.org/abs/2404.02285): logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; see [`lp_plus_plus`]."""
 
     class_rows = ("weight", "bias", "alpha")
+    card_title = "LP++"
+    paper = "https://arxiv.org/abs/2404.02285"
+    card_summary = "It learns a linear classifier beside a weight for the prompt of each class."
+    citation = _cite(
+        "huang2024lp",
+        "Huang, Yunshi and Shakeri, Fereshteh and Dolz, Jose and Boudiaf, Malik and Bahig, Houda and Ben Ayed, Ismail",
+        "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP",
+        "CVPR",
+        2024,
+    )
 
     def __init__(self, config: LPPlusPlusConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -571,7 +643,7 @@ class LPPlusPlus(Head, method="lp_plus_plus"):
 
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         text = self.alpha * (image_embeds @ self.text(text_embeds).T)
-        return (image_embeds @ self.weight.T + self.bias + text) / self.scale.to(text.device)
+        return (image_embeds @ self.weight.T + self.bias + text) / self.scale
 
 
 @dataclass(kw_only=True)
@@ -579,17 +651,30 @@ class GDAConfig(HeadConfig, method="gda"):
     """Configuration of [`GDA`].
 
     Args:
-        alpha (`float`, *optional*, defaults to 0.1): weight of the discriminant beside the zero-shot logits: the
-            middle of the grid that the paper tries on validation, which `search` does.
+        alpha (`float`, *optional*): weight of the discriminant beside the zero-shot logits. The paper chooses it on
+            validation, as `search` does. `None`: `fit` sets a sixteenth of the images of a class, views counted,
+            because the paper's Σ⁻¹ is a covariance over the number of images.
     """
 
-    alpha: float = 0.1
+    alpha: float | None = None
 
 
 class GDA(Head, method="gda"):
     """GDA (https://arxiv.org/abs/2402.04087): s · v · t⁰ᵀ + α (v · Wᵀ + b), in closed form; see [`gda`]."""
 
     class_rows = ("weight", "bias")
+    weight: Tensor
+    bias: Tensor
+    card_title = "GDA"
+    paper = "https://arxiv.org/abs/2402.04087"
+    card_summary = "It adds a Gaussian discriminant of a few examples, in closed form, to the prompts of the classes."
+    citation = _cite(
+        "wang2024hard",
+        "Wang, Zhengbo and Liang, Jian and Sheng, Lijun and He, Ran and Wang, Zilei and Tan, Tieniu",
+        "A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation",
+        "ICLR",
+        2024,
+    )
 
     def __init__(self, config: GDAConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -600,13 +685,15 @@ class GDA(Head, method="gda"):
         weight, bias = gda(v.flatten(0, 1).double(), labels.repeat(len(v)), self.shape[0])
         self.weight.copy_(weight)
         self.bias.copy_(bias)
+        if self.config.alpha is None:
+            self.config = replace(self.config, alpha=v.shape[0] * v.shape[1] / (16 * self.shape[0]))
 
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         linear = image_embeds @ self.weight.T + self.bias
-        return image_embeds @ self.text(text_embeds).T + self.config.alpha / self.scale.to(linear.device) * linear
+        return image_embeds @ self.text(text_embeds).T + (self.config.alpha or 0.0) / self.scale * linear
 
     def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
         """α of 10⁻⁴ to 10²."""
-        zero_shot, linear, scale = v @ t0.T, v @ self.weight.T + self.bias, self.scale.to(t0.device)
+        zero_shot, linear, scale = v @ t0.T, v @ self.weight.T + self.bias, self.scale
         for alpha in (10.0**power for power in range(-4, 3)):
             yield {"alpha": alpha}, zero_shot + alpha / scale * linear

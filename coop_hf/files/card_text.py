@@ -22,6 +22,8 @@ MAX_CLASSES_SHOWN = 200
 
 MAX_CONTEXTS_SHOWN = 5
 
+CARD_KIND = "Learned prompts"
+
 # Title, summary, formula, paper and BibTeX entry of each method and objective.
 with open(os.path.join(os.path.dirname(__file__), "methods.json"), encoding="utf-8") as _file:
     _FACTS = json.load(_file)
@@ -165,13 +167,16 @@ def _method(adapter: Any) -> str:
 
 def _summary(name: str, adapters: dict) -> str:
     adapter = next(iter(adapters.values()))
-    config = adapter.config
+    config, kind, lead = adapter.config, _fact(adapter, "card_kind") or CARD_KIND, ""
+    if kind == CARD_KIND:
+        lead = (
+            f"Where people write a prompt by hand, such as {code(config.template)}, prompt learning learns it from "
+            "examples. "
+        )
     summary = f"{_fact(adapter, 'card_summary')} ".lstrip()
     return (
         f"# {_title(name)}\n\n"
-        f"Learned prompts for {_link(config.base_model_name_or_path)}, made with "
-        f"{_method(adapter)}. Where people write a prompt by hand, such as "
-        f"{code(config.template)}, prompt learning learns it from examples. {summary}Every "
+        f"{kind} for {_link(config.base_model_name_or_path)}, made with {_method(adapter)}. {lead}{summary}Every "
         "weight of the model stays as it is. Only what was learned is here; the model itself is loaded from its own "
         "place."
     )
@@ -261,7 +266,8 @@ def _results(adapter: Any, training: dict, heading: str) -> str:
     if zero_shot:
         cells = [f"{100 * zero_shot[key]:.1f}" if key in zero_shot else "" for key in learned]
         rows.append([f"Zero-shot, {code(template)}", *cells])
-    rows.append(["This prompt", *[f"**{100 * value:.1f}**" for value in learned.values()]])
+    what = "This prompt" if (_fact(adapter, "card_kind") or CARD_KIND) == CARD_KIND else "This head"
+    rows.append([what, *[f"**{100 * value:.1f}**" for value in learned.values()]])
     if zero_shot:
         rows.append(
             ["Difference"]
@@ -274,7 +280,8 @@ def _results(adapter: Any, training: dict, heading: str) -> str:
     return f"## Results{heading}\n\nMeasured on {''.join(where)}.{seed}\n\n{table}"
 
 
-def _use(name: str, key: str, config: PromptConfig, heading: str, is_sigmoid: bool = False) -> str:
+def _use(name: str, key: str, adapter: Any, heading: str, is_sigmoid: bool = False) -> str:
+    config = adapter.config
     arguments = [_quoted(name)]
     if key != "default":
         arguments.append(f"subfolder={_quoted(key)}")
@@ -305,7 +312,7 @@ def _use(name: str, key: str, config: PromptConfig, heading: str, is_sigmoid: bo
         else "The scores are probabilities over the classes of the list and add up to one: an image of something else "
         "gets one of these names too."
     )
-    if not getattr(config, "class_specific", False):
+    if not getattr(adapter, "is_class_bound", False):
         text += ' The prompt takes other classes as well: `model.set_class_names(["cat", "dog"])`.'
     if key != "default":
         name, key = _quoted(name), _quoted(key)

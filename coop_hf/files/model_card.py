@@ -13,7 +13,7 @@ adapter stays while its part "What was learned" comes out the same. Each adapter
 share a repository.
 
 A method tells its facts as attributes of its adapter class: `card_title` and `paper` (its name and its link),
-`card_summary` (one sentence: what it learns), `citation` (BibTeX).
+`card_summary` (one sentence: what it learns), `citation` (BibTeX); `card_kind` (what it is) unless it is a prompt.
 """
 
 import os
@@ -138,7 +138,7 @@ def make_card(
         heading = "" if list(adapters) == ["default"] else f": {code(key)}"
         parts[_part_name("learned", key)] = _learned(model, key, adapter, heading)
         parts[_part_name("results", key)] = _results(adapter, known, heading)
-        parts[_part_name("use", key)] = _use(name, key, adapter.config, heading, is_sigmoid)
+        parts[_part_name("use", key)] = _use(name, key, adapter, heading, is_sigmoid)
         parts[_part_name("training", key)] = _how_trained(known, heading)
     parts["citation"] = _citation(adapters, (training.get("hyperparameters") or {}).get("objective"))
     if existing is not None and existing.strip():

@@ -51,7 +51,7 @@ PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
 }
 
 # Methods whose own loss is not cross-entropy.
-METHOD_OBJECTIVES = {"tcp": "kgcoop"}
+METHOD_OBJECTIVES = {"clap": "clap", "tcp": "kgcoop"}
 
 # Adam moves every value by about the learning rate, whatever the gradient's size: what is right depends on how large
 # the values are that the context stands beside. In units of the token embeddings' root mean square; on the validation

@@ -1,6 +1,7 @@
 """`fit_head`: a head on image features from start to end, with the trainer where it has something to train."""
 
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from .trainer import CoOpTrainer
 __all__ = ["class_embeds_for", "fit_head"]
 
 
-def class_embeds_for(model: CoOpModel, source=None) -> torch.Tensor:
+def class_embeds_for(model: CoOpModel, source: Any = None) -> torch.Tensor:
     """Class embeddings that a head may stand on.
 
     Args:
@@ -52,12 +53,12 @@ def class_embeds_for(model: CoOpModel, source=None) -> torch.Tensor:
 def fit_head(
     model: CoOpModel,
     image_embeds: torch.Tensor,
-    labels,
-    class_embeds=None,
+    labels: Any,
+    class_embeds: Any = None,
     val_image_embeds: torch.Tensor | None = None,
-    val_labels=None,
-    **arguments,
-) -> dict:
+    val_labels: Any = None,
+    **arguments: Any,
+) -> dict[str, float]:
     """Fits the active adapter, a head, on image embeddings by its published recipe; the last step counts.
 
     Args:
@@ -90,7 +91,7 @@ def fit_head(
     if recipe:
         with tempfile.TemporaryDirectory() as folder:
             quiet = {"output_dir": folder, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-            args = CoOpTrainingArguments(**{**quiet, "objective": head.objective, **recipe, **arguments})
+            args = CoOpTrainingArguments(**{**quiet, **recipe, **arguments})
             trainer = CoOpTrainer(model, args, train_dataset=EmbeddedImages(image_embeds, labels))
             trainer.remove_callback(PrinterCallback)
             trainer.train()

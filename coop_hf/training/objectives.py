@@ -26,6 +26,7 @@ __all__ = [
     "OBJECTIVES",
     "PROMPTSRC_TEMPLATES",
     "Frozen",
+    "clap",
     "cross_entropy",
     "get_objective",
     "kgcoop",
@@ -65,6 +66,11 @@ class Frozen:
         self._model, self._output, self._images, self._image_embeds = model, output, images, image_embeds
         self._share, self._kept = share, {} if kept is None else kept
         self.parameters = list(model.learned_parameters().values())
+
+    @property
+    def penalty(self) -> Tensor:
+        """The head's own penalty, with gradients; only [`CLAP`] has one."""
+        return self._model.adapter.penalty()
 
     @property
     def text_embeds(self) -> Tensor:
@@ -231,11 +237,20 @@ def sigmoid(output: Any, labels: Tensor, frozen: Any = None) -> Tensor:
     return _mean(-F.logsigmoid(signs * output.logits).sum(dim=-1), labels)
 
 
+def clap(output: Any, labels: Tensor, frozen: Frozen, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy + mean_c λ_c ‖w_c - t⁰_c‖², of the head that learns (CLAP, https://arxiv.org/abs/2312.12730).
+
+    Args:
+        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+    """
+    return cross_entropy(output, labels, label_smoothing=label_smoothing) + frozen.penalty
+
+
 # Read by the trainer: gradients of the whole batch are needed at once; the frozen image tower is asked.
 prograd.needs_whole_batch = True
 prograd.needs_frozen_images = promptsrc.needs_frozen_images = True
 
-OBJECTIVES: dict[str, Callable] = {f.__name__: f for f in (cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
+OBJECTIVES: dict[str, Callable] = {f.__name__: f for f in (clap, cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
 
 
 def get_objective(objective: str | Callable, **kwargs: Any) -> Callable:
