@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
-from coop_hf.adapters import heads
 from coop_hf.config import CONFIGS
+from coop_hf.core import head_scores
+from coop_hf.files import model_card
 from coop_hf.training.heads import fit_head
 
 
@@ -56,7 +57,7 @@ def test_tip_scores():
     v, labels, t0 = problem()
     keys, key_labels, _ = problem(seed=5)
     keys = (1.1 * keys).requires_grad_()  # learned keys do not stay normalised
-    ours = SCALE * v @ t0.T + 1.7 * heads.cache_scores(v @ keys.T, key_labels, CLASSES, 2.5)
+    ours = SCALE * v @ t0.T + 1.7 * head_scores.cache_scores(v @ keys.T, key_labels, CLASSES, 2.5)
     theirs = reference.tip(v, t0, keys, key_labels, 1.7, 2.5, SCALE)
     assert_same_with_gradients(ours, theirs, labels, keys)
 
@@ -64,14 +65,14 @@ def test_tip_scores():
 def test_residual_scores():
     v, labels, t0 = problem()
     x = some(CLASSES, DIM).requires_grad_()
-    ours = SCALE * heads.residual_scores(v, t0, x, 0.5, 3.0)
+    ours = SCALE * head_scores.residual_scores(v, t0, x, 0.5, 3.0)
     assert_same_with_gradients(ours, reference.residual(v, t0, x, 0.5, 3.0, SCALE), labels, x)
 
 
 def test_clip_adapter_scores_and_that_length_makes_no_difference():
     v, labels, t0 = problem()
     down, up = some(3, DIM).requires_grad_(), some(DIM, 3, seed=2).requires_grad_()
-    ours = SCALE * heads.adapter_scores(v, t0, down, up, 0.2)
+    ours = SCALE * head_scores.adapter_scores(v, t0, down, up, 0.2)
     assert_same_with_gradients(ours, reference.clip_adapter(v, t0, down, up, 0.2, SCALE), labels, down, up)
     raw = reference.clip_adapter(v, t0, down, up, 0.2, SCALE, length=10.0)
     torch.testing.assert_close(ours, raw, rtol=1e-9, atol=1e-9)
@@ -79,23 +80,23 @@ def test_clip_adapter_scores_and_that_length_makes_no_difference():
 
 def test_clap_multipliers():
     v, labels, t0 = problem()
-    ours = heads.clap_weights(v, labels, t0, SCALE)
+    ours = head_scores.clap_weights(v, labels, t0, SCALE)
     torch.testing.assert_close(ours, reference.clap_multipliers(v, labels, t0, SCALE))
     assert ours.std() > 0.01
 
 
 def test_lp_plus_plus():
     v, labels, t0 = problem()
-    for ours, theirs in zip(heads.lp_plus_plus(v, labels, t0, 35), reference.lp_plus_plus(v, labels, t0, 35)):
+    for ours, theirs in zip(head_scores.lp_plus_plus(v, labels, t0, 35), reference.lp_plus_plus(v, labels, t0, 35)):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
     # Steps of α have been taken, and classes have their own.
-    assert heads.lp_plus_plus(v, labels, t0, 35)[2].std() > 1e-3
-    assert heads.lp_plus_plus(v, labels, t0, 9)[2].std() == 0
+    assert head_scores.lp_plus_plus(v, labels, t0, 35)[2].std() > 1e-3
+    assert head_scores.lp_plus_plus(v, labels, t0, 9)[2].std() == 0
 
 
 def test_gda():
     v, labels, t0 = problem()
-    for ours, theirs in zip(heads.gda(v, labels, CLASSES), reference.gda(v, labels, CLASSES)):
+    for ours, theirs in zip(head_scores.gda(v, labels, CLASSES), reference.gda(v, labels, CLASSES)):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
 
 
@@ -106,7 +107,7 @@ def test_gda_is_the_bayes_rule_of_gaussians():
     means = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]], dtype=torch.float64)
     labels = torch.arange(2).repeat(20000)
     v = means[labels] + torch.randn(len(labels), 3, generator=generator, dtype=torch.float64) @ spread
-    weight, _ = heads.gda(v, labels, 2)
+    weight, _ = head_scores.gda(v, labels, 2)
     expected = torch.linalg.inv(spread @ spread) @ (means[0] - means[1])
     assert F.cosine_similarity(weight[0] - weight[1], expected, dim=0) > 0.999
 
@@ -114,7 +115,7 @@ def test_gda_is_the_bayes_rule_of_gaussians():
 @pytest.mark.parametrize("copies", [1, 3])
 def test_gda_without_spread_leaves_zero_shot(copies):
     v, labels, _ = problem(shots=1)
-    weight, bias = heads.gda((v * 1.1).repeat(copies, 1), labels.repeat(copies), CLASSES)
+    weight, bias = head_scores.gda((v * 1.1).repeat(copies, 1), labels.repeat(copies), CLASSES)
     assert weight.abs().max() == 0 and bias.tolist() == pytest.approx([-math.log(CLASSES)] * CLASSES)
 
 
@@ -204,7 +205,9 @@ def test_saved_and_loaded_is_the_same(make_model, method, tmp_path):
     after = model.get_base_model().state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "A learned head" in card and card.count(model.adapter.paper) >= 2 and model.adapter.card_title in card
+    facts = json.loads(Path(model_card.__file__).with_name("methods.json").read_text())["methods"][method]
+    assert "A learned head" in card and card.count(facts["paper"]) >= 2 and facts["title"] in card
+    assert facts["citation"] in card
     assert "takes other classes" not in card and "Context Optimization" not in card
 
 

@@ -21,6 +21,12 @@ from torch.nn import functional as F
 from ..checks import is_int, shown
 from ..config import PromptConfig
 from ..core.families import Family
+from ..core.head_scores import (
+    adapter_scores,
+    cache_scores,
+    clap_weights,
+    residual_scores,
+)
 from .base import Adapter
 
 
@@ -29,12 +35,8 @@ __all__ = [
     "CLAPConfig",
     "CLIPAdapter",
     "CLIPAdapterConfig",
-    "GDA",
-    "GDAConfig",
     "Head",
     "HeadConfig",
-    "LPPlusPlus",
-    "LPPlusPlusConfig",
     "TaskRes",
     "TaskResConfig",
     "TipAdapter",
@@ -46,101 +48,7 @@ __all__ = [
 ]
 
 
-def _cite(key: str, author: str, title: str, where: str, year: int) -> str:
-    """BibTeX."""
-    return (
-        f"@article{{{key},\n  title   = {{{title}}},\n  author  = {{{author}}},\n  journal = {{{where}}},\n"
-        f"  year    = {{{year}}}\n}}"
-    )
-
-
 MAX_KEYS = 2_000_000  # what a stranger's file may ask for: more than ImageNet's training images
-
-
-# ---------------------------------------------------------------------- mathematics, on tensors alone
-
-
-def residual_scores(v: Tensor, t0: Tensor, residual: Tensor, alpha: float, norm: float) -> Tensor:
-    """cos(v, norm · t⁰ + α · x): TaskRes, ZS-LP and CLAP. `(images, C)`."""
-    return v @ F.normalize(norm * t0 + alpha * residual, dim=-1).T
-
-
-def cache_scores(products: Tensor, key_labels: Tensor, num_classes: int, beta: float) -> Tensor:
-    """exp(−β (1 − v · Kᵀ)) · L of Tip-Adapter from v · Kᵀ; L has a 1 at each key's class. `(images, C)`."""
-    zeros = products.new_zeros(len(products), num_classes)
-    return zeros.index_add(1, key_labels, torch.exp(beta * (products - 1)))
-
-
-def adapter_scores(v: Tensor, t0: Tensor, down: Tensor, up: Tensor, ratio: float) -> Tensor:
-    """cos(ρ · relu(relu(v · down) · up) + (1 − ρ) · v, t⁰): CLIP-Adapter. `(images, C)`.
-
-    There is no bias, so the length of v makes no difference: normalised features do as well as those of the tower.
-    """
-    changed = F.relu(F.linear(F.relu(F.linear(v, down)), up))
-    return F.normalize(ratio * changed + (1 - ratio) * v, dim=-1) @ t0.T
-
-
-def class_means(v: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Mean image embedding of each class, `(num_classes, dim)`."""
-    sums = v.new_zeros(num_classes, v.shape[1]).index_add(0, labels, v)
-    return sums / torch.bincount(labels, minlength=num_classes)[:, None]
-
-
-def clap_weights(v: Tensor, labels: Tensor, t0: Tensor, scale: float) -> Tensor:
-    """λ_c: the mean zero-shot probability of class c on its own shots, `(num_classes,)`."""
-    own = (scale * v @ t0.T).softmax(dim=-1).gather(1, labels[:, None])
-    return class_means(own, labels, len(t0))[:, 0]
-
-
-def lp_plus_plus(
-    v: Tensor, labels: Tensor, t0: Tensor, num_steps: int = 300, every: int = 10, momentum: float = 0.9
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LP++ (https://arxiv.org/abs/2404.02285): block descent with step sizes from the data; nothing is tuned.
-
-    Logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; w starts at the sum of the class's features, α at 250 times the mean over
-    classes of the mean cosine with the own class, b at 0. Steps: 4N / λ_max(VᵀV) for w and b, with momentum; and
-    N / (4 · max_c Σ_i ⟨v_i, t⁰_c⟩²) for α, every `every` steps. The paper's code takes the step with the best
-    validation accuracy, and never clears the gradient of α; here the last step counts, and α follows its gradient.
-
-    Returns:
-        weight `(num_classes, dim)`, bias `(num_classes,)`, alpha `(num_classes,)`.
-    """
-    num, target = len(v), F.one_hot(labels, len(t0)).to(v.dtype)
-    text = v @ t0.T
-    step = 4 * num / torch.linalg.eigvalsh(v.T @ v)[-1]
-    alpha_step = num / (4 * text.square().sum(dim=0).max())
-    weight, bias = target.T @ v, v.new_zeros(len(t0))
-    own = class_means(text.gather(1, labels[:, None]), labels, len(t0))
-    alpha = (250 * own.mean()).expand(len(t0)).clone()
-    weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
-    for index in range(1, num_steps + 1):
-        error = ((v @ weight.T + bias + alpha * text).softmax(dim=-1) - target) / num
-        weight_speed = momentum * weight_speed + error.T @ v
-        bias_speed = momentum * bias_speed + error.sum(dim=0)
-        weight, bias = weight - step * weight_speed, bias - step * bias_speed
-        if index % every == 0:
-            alpha = alpha - alpha_step * (error * text).sum(dim=0)
-    return weight, bias, alpha
-
-
-def gda(v: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Gaussian discriminant analysis with one shrunk covariance (https://arxiv.org/abs/2402.04087, equations 3 to 5).
-
-    Σ⁻¹ = d · pinv((n − 1) Σ̂ + tr(Σ̂) I), w_c = Σ⁻¹ μ_c, b_c = log(1/C) − ½ μ_cᵀ Σ⁻¹ μ_c; Σ̂ is the covariance within
-    classes. Where there is no spread within classes, as with one view of one shot, weights are 0: zero-shot remains.
-
-    Returns:
-        weight `(num_classes, dim)`, bias `(num_classes,)`.
-    """
-    means = class_means(v, labels, num_classes)
-    spread = v - means[labels]
-    scatter = spread.T @ spread  # (n − 1) Σ̂
-    dim, trace = v.shape[1], scatter.trace()
-    weight = torch.zeros_like(means)
-    if trace > 1e-9 * len(v):  # of images that are all alike rounding would be inverted
-        eye = torch.eye(dim, dtype=v.dtype, device=v.device)
-        weight = means @ (dim * torch.linalg.pinv(scatter + trace / (len(v) - 1) * eye, hermitian=True))
-    return weight, -math.log(num_classes) - 0.5 * (weight * means).sum(dim=-1)
 
 
 # ---------------------------------------------------------------------- what the heads have in common
@@ -336,17 +244,6 @@ class TipAdapter(Head, method="tip_adapter"):
     learns_keys: ClassVar[bool] = False
     keys: Tensor
     key_labels: Tensor
-    card_title = "Tip-Adapter"
-    paper = "https://arxiv.org/abs/2207.09519"
-    card_summary = "It compares images with those of a few examples, beside the prompts of the classes."
-    citation = _cite(
-        "zhang2022tip",
-        "Zhang, Renrui and Zhang, Wei and Fang, Rongyao and Gao, Peng and Li, Kunchang and Dai, Jifeng and "
-        "Qiao, Yu and Li, Hongsheng",
-        "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
-        "ECCV",
-        2022,
-    )
 
     def __init__(self, config: TipAdapterConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -399,11 +296,6 @@ class TipAdapterF(TipAdapter, method="tip_adapter_f"):
     """Tip-Adapter-F (https://arxiv.org/abs/2207.09519): Tip-Adapter whose keys learn, by cross-entropy."""
 
     learns_keys = True
-    card_title = "Tip-Adapter-F"
-    paper = "https://arxiv.org/abs/2207.09519"
-    card_summary = (
-        "It compares images with learned keys that start at a few examples, beside the prompts of the classes."
-    )
     recipe = {
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
@@ -437,16 +329,6 @@ class TaskRes(Head, method="taskres"):
     """TaskRes (https://arxiv.org/abs/2211.10277): w_c = t⁰_c + α · x_c, x starts at 0; cross-entropy."""
 
     class_rows = ("residual",)
-    card_title = "TaskRes"
-    paper = "https://arxiv.org/abs/2211.10277"
-    card_summary = "It learns what is added to the class embeddings."
-    citation = _cite(
-        "yu2023task",
-        "Yu, Tao and Lu, Zhihe and Jin, Xin and Chen, Zhibo and Wang, Xinchao",
-        "Task Residual for Tuning Vision-Language Models",
-        "CVPR",
-        2023,
-    )
     recipe = {
         "recipe": "paper",  # the learning rate's cosine by epochs
         "optim": "adamw_torch",
@@ -483,16 +365,6 @@ class ZSLPConfig(HeadConfig, method="zs_lp"):
 class ZSLP(TaskRes, method="zs_lp"):
     """ZS-LP (https://arxiv.org/abs/2312.12730): a linear probe by cosine, s · cos(v, w_c), that starts at t⁰."""
 
-    card_title = "ZS-LP"
-    paper = "https://arxiv.org/abs/2312.12730"
-    card_summary = "It learns class weights that start at the class embeddings."
-    citation = _cite(
-        "silva2024closer",
-        "Silva-Rodríguez, Julio and Hajimiri, Sina and Ben Ayed, Ismail and Dolz, Jose",
-        "A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models",
-        "CVPR",
-        2024,
-    )
     recipe = {
         "recipe": "paper",
         "optim": "sgd",
@@ -521,9 +393,6 @@ class CLAP(ZSLP, method="clap"):
 
     class_rows = ("residual", "multipliers")
     multipliers: Tensor
-    card_title = "CLAP"
-    paper = "https://arxiv.org/abs/2312.12730"
-    card_summary = "It learns class weights that start at the class embeddings and are held near them."
 
     def __init__(self, config: CLAPConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
@@ -572,17 +441,6 @@ class CLIPAdapter(Head, method="clip_adapter"):
     when the head is made, and learns on when it is fitted again.
     """
 
-    card_title = "CLIP-Adapter"
-    paper = "https://arxiv.org/abs/2110.04544"
-    card_summary = "It learns a small network on image embeddings."
-    citation = _cite(
-        "gao2021clip",
-        "Gao, Peng and Geng, Shijie and Zhang, Renrui and Ma, Teli and Fang, Rongyao and "
-        "Zhang, Yongfeng and Li, Hongsheng and Qiao, Yu",
-        "CLIP-Adapter: Better Vision-Language Models with Feature Adapters",
-        "arXiv:2110.04544",
-        2021,
-    )
     recipe = {
         "recipe": "paper",
         "optim": "sgd",
@@ -605,95 +463,3 @@ class CLIPAdapter(Head, method="clip_adapter"):
 
     def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         return adapter_scores(image_embeds, self.text(text_embeds), self.down, self.up, self.config.ratio)
-
-
-# ---------------------------------------------------------------------- linear heads that need no training loop
-
-
-@dataclass(kw_only=True)
-class LPPlusPlusConfig(HeadConfig, method="lp_plus_plus"):
-    """Configuration of [`LPPlusPlus`]: nothing to choose."""
-
-
-class LPPlusPlus(Head, method="lp_plus_plus"):
-    """LP++ (https://arxiv.org/abs/2404.02285): logits ⟨v, w_c⟩ + b_c + α_c ⟨v, t⁰_c⟩; see [`lp_plus_plus`]."""
-
-    class_rows = ("weight", "bias", "alpha")
-    card_title = "LP++"
-    paper = "https://arxiv.org/abs/2404.02285"
-    card_summary = "It learns a linear classifier beside a weight for the prompt of each class."
-    citation = _cite(
-        "huang2024lp",
-        "Huang, Yunshi and Shakeri, Fereshteh and Dolz, Jose and Boudiaf, Malik and Bahig, Houda and Ben Ayed, Ismail",
-        "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP",
-        "CVPR",
-        2024,
-    )
-
-    def __init__(self, config: LPPlusPlusConfig, family: Family, tokenizer: Any):
-        super().__init__(config, family, tokenizer)
-        self.weight = nn.Parameter(torch.zeros(self.shape))
-        self.bias = nn.Parameter(torch.zeros(self.shape[0]))
-        self.alpha = nn.Parameter(torch.zeros(self.shape[0]))
-
-    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
-        found = lp_plus_plus(v.flatten(0, 1), labels.repeat(len(v)), t0)
-        for parameter, value in zip((self.weight, self.bias, self.alpha), found):
-            parameter.copy_(value)
-
-    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        text = self.alpha * (image_embeds @ self.text(text_embeds).T)
-        return (image_embeds @ self.weight.T + self.bias + text) / self.scale
-
-
-@dataclass(kw_only=True)
-class GDAConfig(HeadConfig, method="gda"):
-    """Configuration of [`GDA`].
-
-    Args:
-        alpha (`float`, *optional*): weight of the discriminant beside the zero-shot logits. The paper chooses it on
-            validation, as `search` does. `None`: `fit` sets a sixteenth of the images of a class, views counted,
-            because the paper's Σ⁻¹ is a covariance over the number of images.
-    """
-
-    alpha: float | None = None
-
-
-class GDA(Head, method="gda"):
-    """GDA (https://arxiv.org/abs/2402.04087): s · v · t⁰ᵀ + α (v · Wᵀ + b), in closed form; see [`gda`]."""
-
-    class_rows = ("weight", "bias")
-    weight: Tensor
-    bias: Tensor
-    card_title = "GDA"
-    paper = "https://arxiv.org/abs/2402.04087"
-    card_summary = "It adds a Gaussian discriminant of a few examples, in closed form, to the prompts of the classes."
-    citation = _cite(
-        "wang2024hard",
-        "Wang, Zhengbo and Liang, Jian and Sheng, Lijun and He, Ran and Wang, Zilei and Tan, Tieniu",
-        "A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation",
-        "ICLR",
-        2024,
-    )
-
-    def __init__(self, config: GDAConfig, family: Family, tokenizer: Any):
-        super().__init__(config, family, tokenizer)
-        self.register_buffer("weight", torch.zeros(self.shape))
-        self.register_buffer("bias", torch.zeros(self.shape[0]))
-
-    def _start(self, v: Tensor, labels: Tensor, t0: Tensor) -> None:
-        weight, bias = gda(v.flatten(0, 1).double(), labels.repeat(len(v)), self.shape[0])
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
-        if self.config.alpha is None:
-            self.config = replace(self.config, alpha=v.shape[0] * v.shape[1] / (16 * self.shape[0]))
-
-    def cosines(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        linear = image_embeds @ self.weight.T + self.bias
-        return image_embeds @ self.text(text_embeds).T + (self.config.alpha or 0.0) / self.scale * linear
-
-    def candidates(self, v: Tensor, t0: Tensor) -> Iterable[tuple[dict[str, float], Tensor]]:
-        """α of 10⁻⁴ to 10²."""
-        zero_shot, linear, scale = v @ t0.T, v @ self.weight.T + self.bias, self.scale
-        for alpha in (10.0**power for power in range(-4, 3)):
-            yield {"alpha": alpha}, zero_shot + alpha / scale * linear
