@@ -8,7 +8,6 @@ import sys
 # Old module -> the new ones that hold its names; the first also runs with `python -m`.
 MOVED = {
     "context": ["adapters.coop"],
-    "coop_checkpoint": ["files.coop_checkpoint"],
     "embedded": ["demo.emoji"],
     "feature_cache": ["data.feature_cache"],
     "merging": ["deploy.merging"],

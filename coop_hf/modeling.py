@@ -327,14 +327,17 @@ class CoOpModel(AdapterModel):
         processor: Any = None,
         epoch: int | None = None,
         check_base: bool = True,
+        template: str | None = None,
         **kwargs: Any,
     ) -> "CoOpModel":
-        """A model with the context of a checkpoint of the original CoOp code, which may learn on.
+        """A model with what a checkpoint of the public code holds, which may learn on.
+
+        Of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, VPT, IVLP, PromptSRC and TCP; which it is shows in the file.
 
         Args:
             path (`str` or `os.PathLike`): the checkpoint, or the folder of the training's output.
-            base_model (`PreTrainedModel`, `str` or `os.PathLike`): the CLIP model that the context was learned on.
-            class_names, class_token_position, check_base: see
+            base_model (`PreTrainedModel`, `str` or `os.PathLike`): the CLIP model that it was learned on.
+            class_names, class_token_position, check_base, template: see
                 `coop_hf.files.coop_checkpoint.checkpoint_to_adapter`.
             processor (*optional*): needed with a loaded `base_model`.
             epoch (`int`, *optional*): which checkpoint of a folder.
@@ -350,8 +353,16 @@ class CoOpModel(AdapterModel):
         with torch.random.fork_rng(devices=[]):  # the start that is drawn here is not used
             model = load(base_model, CoOpConfig(n_ctx=1), processor=processor, **kwargs)
         embedding = model.family.token_embedding.weight
+        positions = getattr(model.family.text_embeddings, "position_embedding", None)
         config, tensors = checkpoint_to_adapter(
-            checkpoint, embedding, model.tokenizer, class_names, class_token_position, check_base
+            checkpoint,
+            embedding,
+            model.tokenizer,
+            class_names,
+            class_token_position,
+            check_base,
+            template,
+            None if positions is None else positions.weight,
         )
         named = {"base_model_name_or_path": model.config.base_model_name_or_path, "revision": model.config.revision}
         options = {"text_pass": model.text_pass, "text_chunk_size": model.text_chunk_size}

@@ -54,6 +54,7 @@ CASES = {
     "tcp": TCPConfig(),
     "tcp-one": TCPConfig(n_ctx=1, layer=1),
     "tcp-middle": TCPConfig(n_ctx=3, layer=1, class_token_position="middle", template="art of the {}!"),
+    "tcp-words": TCPConfig(fixed_words="of a", ending=", a photo of sea", layer=1),
     "tcp-front": TCPConfig(n_ctx=2, class_token_position="front"),
 }
 METHODS = ("cocoop", "deep_text", "vpt", "ivlp", "maple", "tcp")
@@ -101,9 +102,10 @@ def learned_copies(model):
 def text_features(base, tokenizer, names, config, prompts):
     """Class embeddings with prompts by layer in the context's places, wherever the class name stands."""
     n_ctx, position = config.n_ctx, config.class_token_position
-    words = getattr(config, "fixed_words", None)
+    words, ending = getattr(config, "fixed_words", None), getattr(config, "ending", ".")
     if position == "end":
-        rows = ref.prompt_rows(base, tokenizer, names, n_ctx, f"{words} {{}}." if words else "{}.")
+        template = f"{words} {{}}{ending}" if words else f"{{}}{ending}"
+        rows = ref.prompt_rows(base, tokenizer, names, n_ctx, template)
         return ref.text_pass(base, rows, prompts)
     rows = ref.padded_rows(base, tokenizer, [sentence(name, n_ctx, position) for name in names])
     places = torch.tensor([slots(row, n_ctx, position, tokenizer.eos_token_id) for row in rows.tolist()])

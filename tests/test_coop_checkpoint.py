@@ -8,21 +8,19 @@ import time
 import zipfile
 from collections import OrderedDict
 
+import checkpoint_writers as writers
 import numpy as np
 import pytest
+import reference_methods as ref
 import torch
 from conftest import make_base
+from reference import relative_error
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from coop_hf import CoOpConfig, CoOpModel
+from coop_hf.coop_checkpoint import from_coop_checkpoint, main
 from coop_hf.files.adapter_files import read_adapter, write_adapter
-from coop_hf.files.coop_checkpoint import (
-    checkpoint_to_adapter,
-    find_coop_checkpoint,
-    from_coop_checkpoint,
-    main,
-    read_coop_checkpoint,
-)
+from coop_hf.files.coop_checkpoint import checkpoint_to_adapter, find_coop_checkpoint, read_coop_checkpoint
 
 
 NAMES = ["cat", "Sea_lion", "dog house", "kite (bird)"]
@@ -182,6 +180,273 @@ def test_which_file_of_a_folder(tmp_path):
         find_coop_checkpoint(tmp_path / "nothing")
 
 
+# ---------------------------------------------------------------------- the prompt learners built on CoOp
+
+
+def draw(*shape, seed=0, scale=0.5):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def deep_base(tokenizer):
+    return ref.make_deep_base(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return draw(3, 3, 16, 16, seed=1, scale=1.0)
+
+
+def prompts(n, depth, width, seed=0):
+    return [draw(n, width, seed=seed + i) for i in range(depth)]
+
+
+def meta_net(hidden, outputs):
+    shapes = ((hidden, 32), (hidden,), (outputs, hidden), (outputs,))
+    return [draw(*shape, seed=20 + i, scale=2.0) for i, shape in enumerate(shapes)]
+
+
+def couplings(depth):
+    return [(draw(48, 32, seed=30 + i, scale=0.2), draw(48, seed=40 + i)) for i in range(depth)]
+
+
+# Method of the adapter, writer, what it is given, values of the configuration.
+FILES = {
+    "cocoop": ("cocoop", "write_cocoop", (draw(4, 32), meta_net(2, 32)), {}),
+    "cocoop-words": ("cocoop", "write_cocoop", (draw(4, 32), meta_net(2, 32), "a photo of a"), {"n_ctx": 4}),
+    "cocoop-one": ("cocoop", "write_cocoop", (draw(1, 32), meta_net(2, 32)), {"n_ctx": 1}),
+    "kgcoop": ("coop", "write_kgcoop", (draw(4, 32),), {"class_specific": False}),
+    "kgcoop-specific": ("coop", "write_kgcoop", (draw(4, 3, 32),), {"class_specific": True}),
+    "prograd": ("coop", "write_prograd", (draw(6, 32), "a photo of a"), {"n_ctx": 6}),
+    "prograd-specific": ("coop", "write_prograd", (draw(4, 2, 32),), {"class_specific": True}),
+    "maple": ("maple", "write_maple", (prompts(2, 3, 32), couplings(3)), {"depth": 3, "fixed_words": "of a"}),
+    "maple-first": ("maple", "write_maple", (prompts(2, 1, 32), couplings(1)), {"depth": 1}),
+    "maple-three": ("maple", "write_maple", (prompts(3, 2, 32), couplings(2)), {"n_ctx": 3, "fixed_words": "a"}),
+    "maple-no-words": ("maple", "write_maple", (prompts(2, 2, 32), couplings(2), ""), {"fixed_words": None}),
+    "vpt-shallow": ("vpt", "write_vpt", (prompts(5, 1, 48),), {"depth": 1, "n_vision": 5}),
+    "vpt": ("vpt", "write_vpt", (prompts(2, 3, 48),), {"depth": 3}),
+    "ivlp": ("ivlp", "write_ivlp", (prompts(2, 2, 32), prompts(3, 3, 48, 9)), {"depth": 2, "vision_depth": 3}),
+    "ivlp-text": ("deep_text", "write_ivlp", (prompts(4, 3, 32), []), {"depth": 3, "fixed_words": None}),
+    "ivlp-first": ("ivlp", "write_ivlp", (prompts(1, 1, 32), prompts(1, 1, 48, 9)), {"fixed_words": "photo of a"}),
+    "promptsrc": ("ivlp", "write_promptsrc", (prompts(4, 2, 32), prompts(4, 2, 48, 9)), {"fixed_words": None}),
+    "promptsrc-two": ("ivlp", "write_promptsrc", (prompts(2, 2, 32), prompts(2, 2, 48, 9)), {"fixed_words": "of a"}),
+    "tcp": ("tcp", "write_tcp", (draw(4, 32), meta_net(8, 128)), {"layer": 2, "fixed_words": None, "ending": "."}),
+    "tcp-one": ("tcp", "write_tcp", (draw(1, 32), meta_net(8, 32)), {"n_ctx": 1}),
+    **{
+        f"tcp-{rest}": ("tcp", "write_tcp", (draw(4, 32), meta_net(8, 128), rest), config)
+        for rest, config in (
+            ("{}, a type of pet.", {"ending": ", a type of pet.", "fixed_words": None}),
+            ("{}, a type of car", {"ending": ", a type of car"}),
+            ("{} texture.", {"ending": " texture."}),
+            ("person doing {}.", {"fixed_words": "person doing", "ending": "."}),
+        )
+    },
+}
+OTHER_NAMES = ["cat", "Sea_lion", "dog house", "photo of sea"]
+
+
+def write(case, folder, base, tokenizer, names=OTHER_NAMES, **extra):
+    method, writer, given, _ = FILES[case]
+    words = () if writer == "write_vpt" else (tokenizer, names)
+    return getattr(writers, writer)(folder, base, *words, *given, **extra)
+
+
+def stored_features(case, base, tokenizer, names, pixels, state):
+    """(text, image) by the reference, from the tensors as they are in the file."""
+    method, writer, given, config = FILES[case]
+    state = {key.removeprefix("prompt_learner."): value.float() for key, value in state.items()}
+    blocks = [f"transformer.resblocks.{k}.VPT_shallow" for k in (1, 2)]
+    text_deep = [state[f"text_encoder.{key}"] for key in blocks if f"text_encoder.{key}" in state]
+    visual = [state[f"image_encoder.{key}"] for key in ("VPT", *blocks) if f"image_encoder.{key}" in state]
+    net = [state.get(f"meta_net.linear{k}.{what}") for k in (1, 2) for what in ("weight", "bias")]
+    if method == "vpt":
+        return ref.vpt_features(base, tokenizer, names, pixels, visual)
+    context = state["ctx"]
+    if method == "cocoop":
+        return ref.cocoop_features(base, tokenizer, names, pixels, context, net)
+    if method == "coop":
+        return ref.coop_features(base, tokenizer, names, pixels, context)
+    if method == "tcp":
+        rest = given[2] if len(given) > 2 else "{}."
+        return ref.tcp_features(base, tokenizer, names, pixels, context, net, layer=2, template=rest)
+    left = " ".join("a photo of a".split()[len(context) :]) if given[-1] != "" else ""
+    template = f"{left} {{}}." if left else "{}."
+    if method == "maple":
+        deep = [context, *(state[f"compound_prompts_text.{k}"] for k in range(len(given[0]) - 1))]
+        names_of = ["proj", *(f"compound_prompt_projections.{k}" for k in range(len(given[0]) - 1))]
+        linear = [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names_of]
+        return ref.maple_features(base, tokenizer, names, pixels, deep, linear, template)
+    return ref.ivlp_features(base, tokenizer, names, pixels, [context, *text_deep], visual, template)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("case", FILES)
+def test_other_methods_become_adapters(deep_base, tokenizer, processor, pixels, tmp_path, case, precision):
+    method, _, _, config = FILES[case]
+    extra = {} if method == "vpt" else {"precision": precision}
+    _, state = write(case, tmp_path / "out", deep_base, tokenizer, **extra)
+    model = CoOpModel.from_coop_checkpoint(tmp_path / "out", deep_base, OTHER_NAMES, processor=processor)
+    assert model.config.method == method
+    assert {key: getattr(model.config, key) for key in config} == config
+    assert all(p.requires_grad or 0 in p.shape for p in model.adapter.parameters())
+    text, image = stored_features(case, deep_base, tokenizer, OTHER_NAMES, pixels, state)
+    expected = ref.cosine_logits(deep_base, text, image)
+    with torch.no_grad():
+        logits = model(pixel_values=pixels).logits
+    assert relative_error(logits, expected.detach()) < 1e-5
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = CoOpModel.from_pretrained(tmp_path / "adapter", base_model=deep_base, processor=processor)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values=pixels).logits, logits)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("case", [case for case in FILES if not case.startswith("vpt")])
+def test_names_of_other_methods_are_read_off(deep_base, tokenizer, processor, tmp_path, case, precision):
+    write(case, tmp_path, deep_base, tokenizer, precision=precision)
+    model = CoOpModel.from_coop_checkpoint(tmp_path, deep_base, processor=processor)
+    assert model.class_names == ["cat", "sea lion", "dog house", "photo of sea"]
+    config = FILES[case][3]
+    assert {key: getattr(model.config, key) for key in config} == config
+    if not getattr(model.config, "class_specific", False):  # any others do
+        other = CoOpModel.from_coop_checkpoint(tmp_path, deep_base, ["yak", "gnu"], processor=processor)
+        assert other.class_names == ["yak", "gnu"]
+        assert {key: getattr(other.config, key) for key in config} == config
+
+
+def test_no_names_in_a_file_of_vpt(deep_base, tokenizer, processor, pixels, tmp_path):
+    _, state = write("vpt", tmp_path, deep_base, tokenizer)
+    assert CoOpModel.from_coop_checkpoint(tmp_path, deep_base, processor=processor).class_names is None
+    options = {"template": "art of the {}!", "processor": processor}
+    model = CoOpModel.from_coop_checkpoint(tmp_path, deep_base, OTHER_NAMES, **options)
+    visual = [model.adapter.visual[k].detach() for k in range(3)]
+    text, image = ref.vpt_features(deep_base, tokenizer, OTHER_NAMES, pixels, visual, "art of the {}!")
+    with torch.no_grad():
+        assert relative_error(model(pixel_values=pixels).logits, ref.cosine_logits(deep_base, text, image)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["maple", "ivlp", "promptsrc-two", "cocoop", "tcp"])
+def test_without_the_buffers(deep_base, tokenizer, processor, tmp_path, case):
+    """Deleted, as the public code's own loaders do: the words are those of the public configurations."""
+    path, _ = write(case, tmp_path, deep_base, tokenizer)
+    checkpoint = torch.load(path, weights_only=False)
+    for key in list(checkpoint["state_dict"]):
+        if key.endswith(("token_prefix", "token_suffix")):
+            del checkpoint["state_dict"][key]
+    state = {f"module.{key}": value for key, value in checkpoint["state_dict"].items()}
+    torch.save({**checkpoint, "state_dict": state}, path)
+    model = CoOpModel.from_coop_checkpoint(tmp_path, deep_base, ["yak"], processor=processor)
+    config = FILES[case][3]
+    assert {key: getattr(model.config, key) for key in config} == config
+
+
+def test_other_methods_of_another_base(deep_base, tokenizer, processor, tmp_path):
+    other = ref.make_deep_base(tokenizer, seed=9)
+    for case in ("cocoop", "maple", "tcp", "promptsrc"):
+        write(case, tmp_path / case, deep_base, tokenizer)
+        with pytest.raises(ValueError, match="learned on another CLIP model: its embedding of SOS"):
+            CoOpModel.from_coop_checkpoint(tmp_path / case, other, OTHER_NAMES, processor=processor)
+        options = {"processor": processor, "check_base": False}
+        assert CoOpModel.from_coop_checkpoint(tmp_path / case, other, OTHER_NAMES, **options)
+    write("vpt", tmp_path / "vpt", deep_base, tokenizer)
+    with pytest.raises(ValueError, match="learned on another CLIP model: its text position embeddings"):
+        CoOpModel.from_coop_checkpoint(tmp_path / "vpt", other, OTHER_NAMES, processor=processor)
+    shallow = ref.make_deep_base(tokenizer, layers=2, vision_layers=2)
+    with pytest.raises(ValueError, match="`depth`=3, and the image tower has 2 layers"):
+        CoOpModel.from_coop_checkpoint(tmp_path / "vpt", shallow, OTHER_NAMES, processor=processor, check_base=False)
+    narrow = ref.make_deep_base(tokenizer, vision_width=32)
+    with pytest.raises(ValueError, match="visual has the shape .3, 2, 48., its configuration says .3, 2, 32."):
+        CoOpModel.from_coop_checkpoint(tmp_path / "vpt", narrow, OTHER_NAMES, processor=processor, check_base=False)
+
+
+def test_the_class_token_stands_at_the_end(deep_base, tokenizer, processor, tmp_path):
+    write("maple", tmp_path, deep_base, tokenizer)
+    with pytest.raises(ValueError, match="of the method 'maple', whose public code has the class name at the end"):
+        CoOpModel.from_coop_checkpoint(tmp_path, deep_base, OTHER_NAMES, "middle", processor=processor)
+
+
+def test_folders_of_other_methods(deep_base, tokenizer, tmp_path):
+    for case, name in (("maple", "MultiModalPromptLearner"), ("ivlp", "VLPromptLearner"), ("vpt", "prompt_learner")):
+        path, _ = write(case, tmp_path / case, deep_base, tokenizer)
+        assert find_coop_checkpoint(tmp_path / case) == str(path) == str(tmp_path / case / name / "model.pth.tar-5")
+        assert find_coop_checkpoint(tmp_path / case / name) == str(path)
+
+
+WHOLE = {"image_encoder.proj": torch.zeros(48, 32), "text_encoder.ln_final.bias": torch.zeros(32)}
+BLOCK = "image_encoder.transformer.resblocks"
+META = {"meta_net.linear1.weight": torch.zeros(2, 32), "meta_net.linear1.bias": torch.zeros(2)}
+META |= {"meta_net.linear2.weight": torch.zeros(32, 2), "meta_net.linear2.bias": torch.zeros(32)}
+PROJ = {"prompt_learner.ctx": torch.zeros(2, 32), "prompt_learner.proj.weight": torch.zeros(48, 32)}
+PROJ |= {"prompt_learner.proj.bias": torch.zeros(48)}
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (WHOLE, "whole model, whose prompts have the keys none"),
+        ({**WHOLE, "prompt_learner.fc": torch.zeros(1), **PROJ}, "whose prompts have the keys 'prompt_learner.fc'"),
+        ({**WHOLE, f"{BLOCK}.1.VPT_shallow": torch.zeros(2, 48)}, "gaps between the layers of '.*resblocks.1.VPT"),
+        (
+            {**WHOLE, "image_encoder.VPT": torch.zeros(2, 48), f"{BLOCK}.3.VPT_shallow": torch.zeros(2, 48)},
+            "gaps between the layers",
+        ),
+        (
+            {**WHOLE, "image_encoder.VPT": torch.zeros(2, 48), f"{BLOCK}.1.VPT_shallow": torch.zeros(3, 48)},
+            "VPT_shallow' has the shape .3, 48., which no method has",
+        ),
+        ({**WHOLE, "image_encoder.VPT": torch.zeros(48)}, "VPT' has the shape .48,., which no method has"),
+        ({**WHOLE, "image_encoder.VPT": torch.full((2, 48), float("inf"))}, "visual holds NaN or infinite values"),
+        ({**WHOLE, "image_encoder.VPT": torch.zeros(1).expand(10**9, 48)}, "more than the file holds"),
+        ({**WHOLE, "image_encoder.VPT": "x"}, "'image_encoder.VPT' is a str, expected a plain tensor"),
+        ({**WHOLE, **PROJ, "image_encoder.VPT": torch.zeros(2, 48)}, "whose prompts have the keys"),
+        ({**WHOLE, **PROJ, "prompt_learner.compound_prompts_text.0": torch.zeros(2, 32)}, "whose prompts have the"),
+        ({"ctx": torch.zeros(4, 32), **META, "meta_net.linear3.bias": torch.zeros(1)}, "keys 'ctx', 'meta_net"),
+        (
+            {"ctx": torch.zeros(4, 32), **META, "meta_net.linear2.weight": torch.zeros(33, 2)},
+            "gives 33 numbers; with 4 context vectors of 32 numbers CoCoOp's gives 32 and TCP's 128",
+        ),
+        ({"ctx": torch.zeros(3, 4, 32), **META}, r"'ctx' has the shape \(3, 4, 32\)"),
+        (
+            {"ctx": torch.zeros(4, 32), **META, "meta_net.linear1.bias": torch.full((2,), torch.nan)},
+            "linear1.bias hol",
+        ),
+        ({"ctx": torch.zeros(4, 32), **META, "meta_net.linear1.bias": [0.0]}, "is a list, expected a plain tensor"),
+    ],
+)
+def test_other_contents_of_other_methods(tmp_path, state, message):
+    torch.save({"state_dict": state}, tmp_path / "c")
+    with pytest.raises(ValueError, match=f"no usable checkpoint.*{message}"):
+        read_coop_checkpoint(tmp_path / "c")
+
+
+def test_many_prompts_that_share_one_storage(tmp_path):
+    """Small on the disk, and large once each is a tensor of its own."""
+    vectors = torch.zeros(4096, 512)
+    state = {f"{BLOCK}.{k}.VPT_shallow": vectors for k in range(1, 400)}
+    torch.save({"state_dict": {**WHOLE, "image_encoder.VPT": vectors, **state}}, tmp_path / "c")
+    refuses_at_once(tmp_path / "c", "claims more than 268,435,456 learned values")
+
+
+@pytest.mark.parametrize("kind", ["system", "eval"])
+@pytest.mark.parametrize("case", ["maple", "vpt", "cocoop", "promptsrc"])
+def test_no_code_runs_from_files_of_other_methods(deep_base, tokenizer, tmp_path, case, kind):
+    path, _ = write(case, tmp_path, deep_base, tokenizer, more=calls(tmp_path)[kind])
+    with pytest.raises(ValueError, match="reading it would run .* The file was not loaded"):
+        read_coop_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_frozen_rest_is_not_read(deep_base, tokenizer, tmp_path):
+    """Whatever it holds: it is the base's."""
+    path, _ = write("maple", tmp_path, deep_base, tokenizer)
+    checkpoint = torch.load(path, weights_only=False)
+    for key, value in checkpoint["state_dict"].items():
+        if key.startswith("image_encoder"):
+            value.fill_(float("nan"))
+    torch.save(checkpoint, path)
+    assert read_coop_checkpoint(path)["method"] == "maple"
+
+
 # ---------------------------------------------------------------------- anything else
 
 
@@ -243,7 +508,10 @@ def test_stand_ins_run_nothing(tmp_path, monkeypatch):
             lambda: {"state_dict": {"ctx": torch.zeros(4, 8), "fc.weight": torch.zeros(1)}},
             "the keys 'ctx', 'fc.weight'",
         ),
-        (lambda: {"state_dict": {"ctx": torch.zeros(4, 8), "meta_net.linear1.bias": torch.zeros(1)}}, "is CoCoOp"),
+        (
+            lambda: {"state_dict": {"ctx": torch.zeros(4, 8), "meta_net.linear1.bias": torch.zeros(1)}},
+            "keys 'ctx', 'meta",
+        ),
         (lambda: {"state_dict": {"ctx": torch.zeros(8)}}, r"the shape \(8,\)"),
         (lambda: {"state_dict": {"ctx": torch.zeros(2, 4, 8, 1)}}, r"the shape \(2, 4, 8, 1\)"),
         (lambda: {"state_dict": {"ctx": torch.zeros(0, 8)}}, r"the shape \(0, 8\)"),
@@ -400,7 +668,7 @@ def test_command_line(tokenizer, processor, base, base_folder, tmp_path, capsys)
 
 def test_command_line_as_a_module(tokenizer, base, base_folder, tmp_path):
     write_checkpoint(tmp_path / "model-best.pth.tar", tokenizer, base, class_specific=True, dtype=torch.float16)
-    command = [sys.executable, "-m", "coop_hf.files.coop_checkpoint", str(tmp_path), str(tmp_path / "a")]
+    command = [sys.executable, "-m", "coop_hf.coop_checkpoint", str(tmp_path), str(tmp_path / "a")]
     run = subprocess.run([*command, "--base_model", str(base_folder)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "class-specific context, 4 vectors of 32, 4 classes" in run.stdout

@@ -113,7 +113,8 @@ class Adapter(nn.Module):
         if not hasattr(config, "n_ctx"):
             return tokenize_texts(tokenizer, fill_template(config.template, class_names), max_positions)
         position, words = getattr(config, "class_token_position", "end"), getattr(config, "fixed_words", None)
-        return make_layout(tokenizer, class_names, config.n_ctx, position, max_positions, words)
+        ending = getattr(config, "ending", ".")
+        return make_layout(tokenizer, class_names, config.n_ctx, position, max_positions, words, ending)
 
     # ------------------------------------------------------------------ what is learned
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
-from ..checks import is_int, shown
+from ..checks import check_text, is_int, shown
 from ..config import CoOpConfig, PromptConfig
 from ..core.families import Family
 from .base import Prompts
@@ -31,16 +31,23 @@ class TCPConfig(CoOpConfig, method="tcp"):
         n_ctx (`int`, *optional*, defaults to 4): number of context tokens M, and of class-aware tokens.
         layer (`int`, *optional*): text layer at whose input the class-aware tokens enter. Defaults to 8, the official
             code's, or to the last third of a tower with fewer than 12 layers.
+        fixed_words (`str`, *optional*): words that stay in the prompt behind the context, before the class name, as
+            "person doing" does for UCF101 in the official code.
+        ending (`str`, *optional*, defaults to `"."`): what follows the class name, as ", a type of pet." does there.
         kwargs: as for [`CoOpConfig`]; the context is unified.
     """
 
     n_ctx: int | None = 4
     layer: int | None = None
+    fixed_words: str | None = None
+    ending: str = "."
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer is not None and (not is_int(self.layer) or self.layer < 1):
             raise ValueError(f"`layer` must be a whole number of at least 1, got {shown(self.layer)}.")
+        check_text("fixed_words", self.fixed_words, 'Pass words such as "person doing", or None.')
+        check_text("ending", self.ending, 'Pass "." or something like ", a type of pet.".', optional=False)
         if self.class_specific:
             raise ValueError(
                 "TCP's context is unified; its class-aware tokens come from the class names. Leave out "

@@ -162,6 +162,7 @@ def make_layout(
     class_token_position: str = "end",
     max_positions: int = 77,
     fixed_words: str | None = None,
+    ending: str = ".",
 ) -> PromptLayout:
     """Lays out the prompts of a list of classes.
 
@@ -177,6 +178,7 @@ def make_layout(
         max_positions (`int`, *optional*, defaults to 77): positions of the text tower.
         fixed_words (`str`, *optional*): words that stand unchanged behind the context tokens before the class name, as
             "of a" does in MaPLe's code.
+        ending (`str`, *optional*, defaults to `"."`): what follows the class name.
 
     Raises:
         ValueError: a class name that the tokenizer turns into nothing, two names with the same tokens, or a prompt
@@ -189,8 +191,8 @@ def make_layout(
     words = encode_after(tokenizer, [fixed_words])[0] if fixed_words else []
     cleaned = [clean_class_name(name) for name in class_names]
     encode_name = encode_after if first else encode_words
-    period = encode_after(tokenizer, ["."], space="")[0]
-    sentences = encode_name(tokenizer, [name + "." for name in cleaned])
+    period = encode_after(tokenizer, [ending], space="")[0]
+    sentences = encode_name(tokenizer, [name + ending for name in cleaned])
     rows, name_lengths, too_long = [], [], []
     for name, name_ids, sentence in zip(class_names, encode_name(tokenizer, cleaned), sentences):
         if not name_ids:

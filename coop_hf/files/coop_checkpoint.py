@@ -1,39 +1,47 @@
-"""Checkpoints of the original CoOp code (https://github.com/KaiyangZhou/CoOp), read as adapters are.
+"""Checkpoints of the public code of CoOp and of the prompt learners built on it, read as adapters are.
 
-Its trainer writes `<output>/prompt_learner/model.pth.tar-<epoch>` and `model-best.pth.tar`, made with `torch.save`:
+CoOp's (https://github.com/KaiyangZhou/CoOp) trainer writes `<output>/prompt_learner/model.pth.tar-<epoch>` and
+`model-best.pth.tar`, made with `torch.save`:
 
     {"state_dict": {"ctx": (M, dim) or (C, M, dim),
                     "token_prefix": (C, 1, dim),            embeddings of SOS
                     "token_suffix": (C, 77 - 1 - M, dim)},  of the class name, ".", EOS and padding
      "epoch": int, "optimizer": dict, "scheduler": dict, "val_result": float}
 
-    python -m coop_hf.files.coop_checkpoint output/prompt_learner my-adapter --base_model openai/clip-vit-base-patch16
+The others are told apart by what their `state_dict` holds besides:
+
+    CoCoOp, TCP     meta_net.linear1, meta_net.linear2: TCP's second one gives M vectors
+    KgCoOp          bias_vectors and meta_net.linear1, which are not used: a CoOp adapter
+    ProGrad         nothing: a CoOp adapter
+    MaPLe           the whole model; prompt_learner.compound_prompts_text.*, .proj, .compound_prompt_projections.*
+    VPT             the whole model; image_encoder.VPT and image_encoder. ... .VPT_shallow
+    IVLP            the whole model; prompt_learner.ctx and those in both towers, or in the text tower alone
+    PromptSRC       as IVLP, with a frozen image tower beside it: an IVLP adapter
 
 A checkpoint is a pickle, and a pickle may run code when it is read. It is read with `weights_only=True`. Where the
 original writes whole objects, its scheduler with the optimizer inside, an inert stand-in is put, which keeps nothing
 and runs nothing; a file that asks for anything else is refused.
 """
 
-import argparse
-import contextlib
-import json
 import os
 import pickle
 import re
-import sys
 import warnings
 import zipfile
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import check_class_names, check_not_sparse, clean_class_name, is_finite
-from ..config import CLASS_TOKEN_POSITIONS, MAX_CONTEXT_TOKENS, CoOpConfig
+from ..config import CONFIGS, MAX_CONTEXT_TOKENS, PromptConfig
 from ..core.layout import encode_words, special_token_ids
 from .adapter_files import MAX_DIM, MAX_VALUES, WEIGHTS_KEY
 
 
-__all__ = ["checkpoint_to_adapter", "find_coop_checkpoint", "from_coop_checkpoint", "read_coop_checkpoint"]
+__all__ = ["checkpoint_to_adapter", "find_coop_checkpoint", "read_coop_checkpoint"]
+
+_FOLDERS = ("prompt_learner", "MultiModalPromptLearner", "VLPromptLearner")
 
 _BEST = "model-best.pth.tar"
 
@@ -44,6 +52,27 @@ _MAX_PICKLE_BYTES = 1 << 24  # without the tensors, a checkpoint of the original
 _MAX_RECORDS = 10_000
 
 _BUFFERS = ("token_prefix", "token_suffix")
+
+_META_NET = tuple(f"meta_net.{layer}.{what}" for layer in ("linear1", "linear2") for what in ("weight", "bias"))
+
+_POSITIONS = "text_encoder.positional_embedding"
+
+# Key in a file of MaPLe, VPT, IVLP or PromptSRC -> tensor of the adapter, and the layer that it belongs to.
+_DEEP = (
+    (re.compile(r"prompt_learner\.ctx"), WEIGHTS_KEY, 0),
+    (re.compile(r"prompt_learner\.compound_prompts_text\.(\d{1,4})"), "deep_text", 0),
+    (re.compile(r"text_encoder\.transformer\.resblocks\.(\d{1,4})\.VPT_shallow"), "deep_text", -1),
+    (re.compile(r"image_encoder\.VPT"), "visual", 0),
+    (re.compile(r"image_encoder\.transformer\.resblocks\.(\d{1,4})\.VPT_shallow"), "visual", 0),
+    (re.compile(r"prompt_learner\.proj\.(weight|bias)"), "couplings", 0),
+    (re.compile(r"prompt_learner\.compound_prompt_projections\.(\d{1,4})\.(weight|bias)"), "couplings", 1),
+)
+
+# Words round the class name that the public code leaves in the prompts.
+_START = "a photo of a"
+_TCP_WORDS = ("person doing",)
+_TCP_ENDINGS = (" texture.", *(f", a type of {what}." for what in ("pet", "flower", "aircraft", "food")))
+_TCP_ENDINGS += (", a type of car",)
 
 
 class _Nothing:
@@ -87,8 +116,9 @@ def find_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> s
     """The checkpoint file that a path means.
 
     Args:
-        path (`str` or `os.PathLike`): the file itself; or the folder `prompt_learner`, or the one round it. In a
-            folder `model-best.pth.tar` is taken, else the `model.pth.tar-<epoch>` with the highest epoch.
+        path (`str` or `os.PathLike`): the file itself; or the folder `prompt_learner` (`MultiModalPromptLearner` for
+            MaPLe, `VLPromptLearner` for IVLP and PromptSRC), or the one round it. In a folder `model-best.pth.tar` is
+            taken, else the `model.pth.tar-<epoch>` with the highest epoch.
         epoch (`int`, *optional*): take `model.pth.tar-<epoch>` instead.
 
     Raises:
@@ -99,8 +129,8 @@ def find_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> s
         return path
     if not os.path.isdir(path):
         raise FileNotFoundError(f"there is no file or folder {path!r}.")
-    inner = os.path.join(path, "prompt_learner")
-    folder = inner if os.path.isdir(inner) else path
+    inner = [os.path.join(path, name) for name in _FOLDERS]
+    folder = next(filter(os.path.isdir, inner), path)
     epochs = {int(match[1]): name for name in os.listdir(folder) if (match := _EPOCH.fullmatch(name))}
     if epoch is not None:
         if epoch not in epochs:
@@ -111,20 +141,23 @@ def find_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> s
         return os.path.join(folder, _BEST)
     if not epochs:
         raise FileNotFoundError(
-            f"{folder!r} holds no checkpoint of the original CoOp code ({_BEST} or model.pth.tar-<epoch>)."
+            f"{folder!r} holds no checkpoint of the original CoOp code, or of code built on it: no {_BEST} and no "
+            "model.pth.tar-<epoch>."
         )
     return os.path.join(folder, epochs[max(epochs)])
 
 
-def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> dict:
-    """Reads a checkpoint of the original CoOp code, without running anything in it.
+def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> dict[str, Any]:
+    """Reads a checkpoint of the original CoOp code or of one built on it, without running anything in it.
 
     Args:
         path (`str` or `os.PathLike`), epoch (`int`, *optional*): see [`find_coop_checkpoint`].
 
     Returns:
-        `dict`: `context` (fp32, `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`), `token_prefix` and `token_suffix`
-        (as stored, or `None`), `num_classes` (`int` or `None`), `epoch` (`int` or `None`), `path` (`str`).
+        `dict`: `method` (`str`) and `tensors` (fp32, by their names in an adapter's file), `context` (the context
+        among them, `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`, or `None`), `token_prefix`, `token_suffix` and
+        `positions` (text position embeddings), as stored, or `None`, `num_classes` (`int` or `None`), `epoch` (`int`
+        or `None`), `path` (`str`).
 
     Raises:
         ValueError: the file is damaged, asks for code, or is a checkpoint of something else; says which.
@@ -137,24 +170,145 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict):
         raise ValueError(problem + f"it has no dict 'state_dict'; its keys are {_some(checkpoint)}.")
-    state = {_plain_key(key): value for key, value in state.items()}
-    if any(key.startswith("meta_net") for key in state):
-        raise ValueError(problem + "it holds a meta-network, so it is CoCoOp, whose prompt depends on the image.")
-    if "ctx" not in state or set(state) - {"ctx", *_BUFFERS}:
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    if any(key.startswith("image_encoder.") for key in state):
+        method, found, state = _of_whole_model(state, problem)
+    else:
+        state = {key.removeprefix("prompt_learner."): value for key, value in state.items()}
+        method, found, state = _of_prompt_learner(state, problem)
+    # What is used of a whole model; the frozen rest of it is never looked at.
+    for key, value in state.items():
+        _check_tensor(key, value, problem)
+    if sum(state[key].numel() for keys in found.values() for key in keys) > MAX_VALUES:
+        raise ValueError(problem + f"it claims more than {MAX_VALUES:,} learned values.")
+    context = state[found[WEIGHTS_KEY][0]] if WEIGHTS_KEY in found else None
+    if context is not None:
+        _check_context(context, method, problem)
+    counts = set()
+    for key, length in zip(_BUFFERS, (1, None)):
+        buffer = state.get(key)
+        if buffer is None or context is None:
+            continue
+        if buffer.dim() != 3 or buffer.shape[-1] != context.shape[-1] or length not in (None, buffer.shape[1]):
+            raise ValueError(
+                problem + f"{key!r} has the shape {tuple(buffer.shape)}, which does not go with 'ctx' of shape "
+                f"{tuple(context.shape)}."
+            )
+        counts.add(buffer.shape[0])
+    if context is not None and context.dim() == 3:
+        counts.add(context.shape[0])
+    if len(counts) > 1:
+        raise ValueError(problem + f"its tensors disagree on the number of classes: {sorted(counts)}.")
+    tensors = {}
+    for name, keys in found.items():
+        parts = [state[key].detach().to(torch.float32, copy=True) for key in keys]
+        if any(not is_finite(part) for part in parts):
+            what = "context" if name == WEIGHTS_KEY else name
+            raise ValueError(problem + f"its {what} holds NaN or infinite values; the training that made it diverged.")
+        tensors[name] = torch.stack(parts) if name in ("deep_text", "visual") else parts[0]
+    if method in ("maple", "ivlp", "deep_text") and "deep_text" not in tensors:  # prompts at the first layer alone
+        tensors["deep_text"] = tensors[WEIGHTS_KEY].new_zeros(0, *tensors[WEIGHTS_KEY].shape)
+    epoch = checkpoint.get("epoch")
+    return {
+        "method": method,
+        "tensors": tensors,
+        "context": tensors.get(WEIGHTS_KEY),
+        **{key: state.get(key) for key in _BUFFERS},
+        "positions": state.get(_POSITIONS),
+        "num_classes": counts.pop() if counts else None,
+        "epoch": epoch if isinstance(epoch, int) else None,
+        "path": path,
+    }
+
+
+def _of_prompt_learner(state: dict[str, Any], problem: str) -> tuple[str, dict[str, list[str]], dict[str, Any]]:
+    """The method, the keys of each of its tensors, and what is used of a prompt learner's state."""
+    used = {key: value for key, value in state.items() if key in ("ctx", *_BUFFERS)}
+    rest = sorted(set(state) - set(used))
+    if "ctx" in state and set(rest) == set(_META_NET):
+        used |= {key: state[key] for key in _META_NET}
+        for key in ("ctx", *_META_NET):
+            _check_tensor(key, state[key], problem)
+            if state[key].dim() != (1 if key.endswith("bias") else 2):
+                raise ValueError(problem + f"{key!r} has the shape {tuple(state[key].shape)}, which no method has.")
+        n_ctx, dim = state["ctx"].shape
+        hidden, features = state["meta_net.linear1.weight"].shape
+        rows = len(state["meta_net.linear2.weight"])
+        # One context vector alone: the hidden layer tells d/16, CoCoOp's, from d/4, TCP's.
+        is_cocoop = rows == dim and (n_ctx > 1 or hidden < features // 8)
+        if not is_cocoop and rows != n_ctx * dim:
+            raise ValueError(
+                problem
+                + f"its meta-network gives {rows} numbers; with {n_ctx} context vectors of {dim} numbers CoCoOp's "
+                f"gives {dim} and TCP's {n_ctx * dim}."
+            )
+        method = "cocoop" if is_cocoop else "tcp"
+        return method, {WEIGHTS_KEY: ["ctx"], **{key: [key] for key in _META_NET}}, used
+    # KgCoOp's other tensors are used nowhere, not even in its training.
+    if "ctx" not in state or set(rest) - {"bias_vectors"} not in (set(), {*_META_NET[:2]}):
         raise ValueError(
             problem + f"its state_dict has the keys {_some(state)}; expected 'ctx' and {_some(_BUFFERS)}."
         )
-    for key, value in state.items():
-        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
-            raise ValueError(problem + f"{key!r} is a {type(value).__name__}, expected a plain tensor.")
-        if value.device.type != "cpu":
-            raise ValueError(problem + f"{key!r} is on the device {value.device.type!r} and holds no values.")
-        if not value.dtype.is_floating_point:
-            raise ValueError(problem + f"{key!r} has the dtype {value.dtype}, expected floating point.")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(problem + f"{key!r} claims the shape {tuple(value.shape)}, more than the file holds.")
-    context = state["ctx"].detach()
-    if context.dim() not in (2, 3) or 0 in context.shape:
+    return "coop", {WEIGHTS_KEY: ["ctx"]}, used
+
+
+def _of_whole_model(state: dict[str, Any], problem: str) -> tuple[str, dict[str, list[str]], dict[str, Any]]:
+    """The same of a whole model's state: `prompt_learner.`, and the prompts in its towers."""
+    found: dict[str, dict[int, str]] = {}  # tensor of the adapter -> layer -> key
+    for key in state:
+        for pattern, name, offset in _DEEP:
+            if match := pattern.fullmatch(key):
+                layer = next((int(group) + offset for group in match.groups() if group.isdigit()), 0)
+                if name == "couplings":
+                    found[f"couplings.{layer}.{match.groups()[-1]}"] = {0: key}
+                else:
+                    found.setdefault(name, {})[layer] = key
+    used = {key: state[key] for layers in found.values() for key in layers.values()}
+    prompts = [key for key in state if key.startswith("prompt_learner.") or "VPT" in key]
+    ignored = ("prompt_learner.ZS_image_encoder.", *(f"prompt_learner.{key}" for key in _BUFFERS))
+    odd = [key for key in prompts if key not in used and not key.startswith(ignored)]
+    couplings = {name for name in found if name.startswith("couplings")}
+    depth = len(found.get("deep_text", {})) + 1
+    if couplings:
+        method = "maple"
+        fits = couplings == {f"couplings.{k}.{what}" for k in range(depth) for what in ("weight", "bias")}
+        fits = fits and WEIGHTS_KEY in found and "visual" not in found
+    elif WEIGHTS_KEY in found:
+        method, fits = ("ivlp" if "visual" in found else "deep_text"), True
+    else:
+        method, fits = "vpt", set(found) == {"visual"}
+    if odd or not fits:
+        raise ValueError(
+            problem + f"it is a whole model, whose prompts have the keys {_some(odd or list(used))}; those of MaPLe, "
+            "VPT, IVLP and PromptSRC are others."
+        )
+    for layers in found.values():
+        if sorted(layers) != list(range(len(layers))):
+            raise ValueError(problem + f"there are gaps between the layers of {_some(layers.values())}.")
+        for key in layers.values():
+            _check_tensor(key, state[key], problem)
+            shape = state[key].shape
+            if shape != state[layers[0]].shape or len(shape) != (1 if key.endswith("bias") else 2) or 0 in shape:
+                raise ValueError(problem + f"{key!r} has the shape {tuple(shape)}, which no method has.")
+    for key, name in [(_POSITIONS, _POSITIONS), *((f"prompt_learner.{key}", key) for key in _BUFFERS)]:
+        if key in state:
+            used[name] = state[key]
+    return method, {name: [layers[k] for k in range(len(layers))] for name, layers in found.items()}, used
+
+
+def _check_tensor(key: str, value: Any, problem: str) -> None:
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+        raise ValueError(problem + f"{key!r} is a {type(value).__name__}, expected a plain tensor.")
+    if value.device.type != "cpu":
+        raise ValueError(problem + f"{key!r} is on the device {value.device.type!r} and holds no values.")
+    if not value.dtype.is_floating_point:
+        raise ValueError(problem + f"{key!r} has the dtype {value.dtype}, expected floating point.")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(problem + f"{key!r} claims the shape {tuple(value.shape)}, more than the file holds.")
+
+
+def _check_context(context: Tensor, method: str, problem: str) -> None:
+    if context.dim() not in ((2, 3) if method == "coop" else (2,)) or 0 in context.shape:
         raise ValueError(
             problem + f"'ctx' has the shape {tuple(context.shape)}, expected (n_ctx, dim) or (classes, n_ctx, dim)."
         )
@@ -163,32 +317,6 @@ def read_coop_checkpoint(path: str | os.PathLike, epoch: int | None = None) -> d
             problem + f"'ctx' has the shape {tuple(context.shape)}; at most {MAX_CONTEXT_TOKENS:,} vectors of "
             f"{MAX_DIM:,} numbers and {MAX_VALUES:,} values are read."
         )
-    counts = set()
-    for key, length in zip(_BUFFERS, (1, None)):
-        buffer = state.get(key)
-        if buffer is None:
-            continue
-        if buffer.dim() != 3 or buffer.shape[-1] != context.shape[-1] or length not in (None, buffer.shape[1]):
-            raise ValueError(
-                problem + f"{key!r} has the shape {tuple(buffer.shape)}, which does not go with 'ctx' of shape "
-                f"{tuple(context.shape)}."
-            )
-        counts.add(buffer.shape[0])
-    if context.dim() == 3:
-        counts.add(context.shape[0])
-    if len(counts) > 1:
-        raise ValueError(problem + f"its tensors disagree on the number of classes: {sorted(counts)}.")
-    context = context.to(torch.float32, copy=True)
-    if not is_finite(context):
-        raise ValueError(problem + "its context holds NaN or infinite values; the training that made it diverged.")
-    epoch = checkpoint.get("epoch")
-    return {
-        "context": context,
-        **{key: state.get(key) for key in _BUFFERS},
-        "num_classes": counts.pop() if counts else None,
-        "epoch": epoch if isinstance(epoch, int) else None,
-        "path": path,
-    }
 
 
 def _load_weights_only(path: str, problem: str) -> Any:
@@ -239,30 +367,26 @@ def _check_records(path: str, is_zip: bool) -> None:
         raise pickle.UnpicklingError("Unsupported global: GLOBAL builtins.bytearray")
 
 
-def _plain_key(key: Any) -> str:
-    key = str(key)
-    for prefix in ("module.", "prompt_learner."):
-        key = key.removeprefix(prefix)
-    return key
-
-
 def _some(keys: Any) -> str:
     keys = [repr(str(key)[:60]) for key in keys]
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") if keys else "none"
 
 
 def checkpoint_to_adapter(
-    checkpoint: dict,
-    embedding: torch.Tensor,
+    checkpoint: dict[str, Any],
+    embedding: Tensor,
     tokenizer: Any,
     class_names: list[str] | None = None,
     class_token_position: str = "end",
     check_base: bool = True,
-) -> tuple[CoOpConfig, dict[str, torch.Tensor]]:
+    template: str | None = None,
+    positions: Tensor | None = None,
+) -> tuple[PromptConfig, dict[str, Tensor]]:
     """What [`read_coop_checkpoint`] gives, as [`read_adapter`] gives an adapter.
 
     The checkpoint holds neither the names of its classes nor the class token's position, so both are given here. What
-    it does hold, the embeddings of SOS and of the class names, is compared with the base's.
+    it does hold, the embeddings of SOS and of the class names, is compared with the base's; words that the public code
+    leaves in the prompts beside the class name (MaPLe's "of a", TCP's ", a type of pet") are read off them.
 
     Args:
         checkpoint (`dict`): from [`read_coop_checkpoint`].
@@ -271,33 +395,44 @@ def checkpoint_to_adapter(
         class_names (`list[str]`, *optional*): the classes, in the order of the labels. For a unified context any
             list. Without it, the names are read off the checkpoint's embeddings, in lower case.
         class_token_position (`str`, *optional*, defaults to `"end"`): `TRAINER.COOP.CLASS_TOKEN_POSITION` of the
-            training: `"end"`, `"middle"` or `"front"`.
+            training: `"end"`, `"middle"` or `"front"`. Other methods than CoOp have the end alone.
         check_base (`bool`, *optional*, defaults to `True`): whether a base with other token embeddings is refused.
+        template (`str`, *optional*, defaults to `"a photo of a {}."`): the hand-written prompt that the training used:
+            TCP's class-aware tokens come from it, and VPT's class embeddings.
+        positions (`torch.Tensor`, *optional*): `(length, dim)`, the base's text position embeddings, to compare too.
 
     Returns:
-        its `CoOpConfig`, which names no base, and its tensors.
+        its configuration, which names no base, and its tensors.
 
     Raises:
         ValueError: the checkpoint was learned on another base, or does not go with the class names.
     """
-    context, path = checkpoint["context"], checkpoint["path"]
+    context, path, method = checkpoint["context"], checkpoint["path"], checkpoint["method"]
+    tensors = checkpoint["tensors"]
     names = None if class_names is None else check_class_names(class_names)
-    class_specific = context.dim() == 3
+    if method != "coop" and class_token_position != "end":
+        raise ValueError(
+            f"{path} is of the method {method!r}, whose public code has the class name at the end alone: leave "
+            f"class_token_position={class_token_position!r} out."
+        )
+    class_specific = context is not None and context.dim() == 3
     if class_specific and names is not None and len(names) != len(context):
         raise ValueError(
             f"{path} has contexts for {len(context)} classes, and `class_names` has {len(names)}: pass the names of "
             "the classes that it was learned on, in the order of their labels."
         )
     embedding = embedding.detach()
-    if embedding.shape[1] != context.shape[-1]:
+    if context is not None and embedding.shape[1] != context.shape[-1]:
         raise ValueError(
             f"the context's vectors have {context.shape[-1]} dimensions, and the base's token embeddings have "
             f"{embedding.shape[1]}: {path} was learned on another CLIP model."
         )
     if check_base:
         _check_prefix(checkpoint, embedding, tokenizer)
+        _check_positions(checkpoint, positions)
+    fixed_words, ending, read = _read_prompts(checkpoint, embedding, tokenizer)
     if names is None:
-        names = _read_names(checkpoint, embedding, tokenizer)
+        names = read
         if names is None and class_specific:
             raise ValueError(
                 f"{path} is class-specific, and its class names cannot be read off it: pass `class_names=[...]`, the "
@@ -305,18 +440,24 @@ def checkpoint_to_adapter(
             )
     elif class_specific and check_base:
         _check_names(checkpoint, names, embedding, tokenizer)
-    config = CoOpConfig(context.shape[-2], class_token_position, class_specific, class_names=names)
-    return config, {WEIGHTS_KEY: context}
+    options: dict[str, Any] = {"class_names": names, **({} if template is None else {"template": template})}
+    if context is not None:
+        options["n_ctx"] = context.shape[-2]
+    if method == "coop":
+        options |= {"class_token_position": class_token_position, "class_specific": class_specific}
+    elif method != "vpt" and method != "tcp":
+        options["ctx_init"] = None
+    if method == "tcp":
+        options |= {"fixed_words": fixed_words, "ending": ending}
+    if method in ("deep_text", "ivlp", "maple"):
+        options |= {"fixed_words": fixed_words, "depth": len(tensors["deep_text"]) + 1}
+    if "visual" in tensors:
+        depth, options["n_vision"] = tensors["visual"].shape[:2]
+        options["depth" if method == "vpt" else "vision_depth"] = depth
+    return CONFIGS[method](**options), tensors
 
 
-def from_coop_checkpoint(path: str | os.PathLike, base_model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`CoOpModel.from_coop_checkpoint`, under the name that it had first."""
-    from ..modeling import CoOpModel  # above this room: for the command and the old name alone
-
-    return CoOpModel.from_coop_checkpoint(path, base_model, *args, **kwargs)
-
-
-def _check_prefix(checkpoint: dict, embedding: torch.Tensor, tokenizer: Any) -> None:
+def _check_prefix(checkpoint: dict[str, Any], embedding: Tensor, tokenizer: Any) -> None:
     prefix = checkpoint["token_prefix"]
     if prefix is None or not len(prefix):
         return
@@ -329,7 +470,20 @@ def _check_prefix(checkpoint: dict, embedding: torch.Tensor, tokenizer: Any) -> 
         )
 
 
-def _check_names(checkpoint: dict, names: list[str], embedding: torch.Tensor, tokenizer: Any) -> None:
+def _check_positions(checkpoint: dict[str, Any], expected: Tensor | None) -> None:
+    found = checkpoint["positions"]
+    if found is None or expected is None:
+        return
+    expected = expected.detach().float().cpu()
+    if found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-3, rtol=1e-2):
+        raise ValueError(
+            f"{checkpoint['path']} was learned on another CLIP model: its text position embeddings are not the "
+            "base's. Pass the base that `MODEL.BACKBONE.NAME` of the training names, or `check_base=False` if you "
+            "know better."
+        )
+
+
+def _check_names(checkpoint: dict[str, Any], names: list[str], embedding: Tensor, tokenizer: Any) -> None:
     """Compares the tokens of each name with the embeddings that the checkpoint holds of it."""
     suffix = checkpoint["token_suffix"]
     if suffix is None:
@@ -353,82 +507,76 @@ def _check_names(checkpoint: dict, names: list[str], embedding: torch.Tensor, to
         )
 
 
-def _read_names(checkpoint: dict, embedding: torch.Tensor, tokenizer: Any) -> list[str] | None:
-    """The class names by their embeddings, or `None` if these are missing or no exact rows of the base's."""
-    suffix = checkpoint["token_suffix"]
-    if suffix is None or not len(suffix):
-        return None
-    eos = special_token_ids(tokenizer)[1]
-    dtype = suffix.dtype
-    rows = embedding.to("cpu", dtype).float().numpy()
-    ids = {row.tobytes(): index for index, row in reversed(list(enumerate(rows)))}
-    sentences = []
-    for row in suffix:
-        sentence = []
-        for vector in row:
-            token = ids.get(vector.float().numpy().tobytes())
-            if token is None:
-                return None
-            if token == eos:
-                break
-            sentence.append(token)
-        else:
+def _read_names(checkpoint: dict[str, Any], embedding: Tensor, tokenizer: Any) -> list[str] | None:
+    return _read_prompts(checkpoint, embedding, tokenizer)[2]
+
+
+def _read_prompts(
+    checkpoint: dict[str, Any], embedding: Tensor, tokenizer: Any
+) -> tuple[str | None, str, list[str] | None]:
+    """Words between context and class name, what follows the name, and the class names, as far as they can be read.
+
+    Without names, the words are those of the public configurations: what its "a photo of a" has beyond the context.
+    """
+    method, words, endings = checkpoint["method"], [], ["."]
+    if method in ("deep_text", "ivlp", "maple"):
+        ids = encode_words(tokenizer, [_START])[0][len(checkpoint["context"]) :]
+        words = [tokenizer.decode(ids).strip()] if ids else []
+    elif method == "tcp":
+        words, endings = list(_TCP_WORDS), [*_TCP_ENDINGS, "."]
+    sentences = _sentences(checkpoint, embedding, tokenizer)
+    for before in [*words, None] if sentences else []:
+        for ending in endings:
+            names = _names_between(sentences, before, ending, tokenizer)
+            if names is not None:
+                return before, ending, names
+    return (words[0] if words and method != "tcp" else None), ".", None
+
+
+def _names_between(sentences: list[list[int]], before: str | None, ending: str, tokenizer: Any) -> list[str] | None:
+    """What stands in each sentence between words and an ending, or `None` if these are not there."""
+    head, tail = (tokenizer.decode(encode_words(tokenizer, [text or "."])[0]).strip() for text in (before, ending))
+    head = head if before else ""
+    names = []
+    for text in tokenizer.batch_decode(sentences):
+        text = text.strip()
+        if not text.startswith(head) or not text.endswith(tail):
             return None
-        sentences.append(sentence)
-    names = [text.strip().removesuffix(".").strip() for text in tokenizer.batch_decode(sentences)]
+        names.append(text[len(head) : len(text) - len(tail)].strip())
     try:
         check_class_names(names)
     except ValueError:
         return None
-    again = encode_words(tokenizer, [name + "." for name in names])
+    front = f"{before} " if before else ""
+    again = encode_words(tokenizer, [f"{front}{name}{ending}" for name in names])
     return names if again == sentences else None
 
 
-def _read_class_file(path: str) -> list[str]:
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    if path.endswith(".json"):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); expected a list of names.") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m coop_hf.files.coop_checkpoint",
-        description="Turns a checkpoint of the original CoOp code into an adapter of coop_hf.",
-    )
-    parser.add_argument("checkpoint", help="model.pth.tar-<epoch>, or the folder of the training's output")
-    parser.add_argument("output", help="folder for the adapter")
-    parser.add_argument("--base_model", required=True, help="the CLIP model it was learned on: Hub id or folder")
-    parser.add_argument("--revision", help="revision of the base model")
-    parser.add_argument("--class_names", help="file with the class names in order: one a line, or a .json list")
-    parser.add_argument("--class_token_position", default="end", choices=CLASS_TOKEN_POSITIONS)
-    parser.add_argument("--epoch", type=int, help="take model.pth.tar-<epoch> of the folder")
-    options = parser.parse_args(arguments)
-    try:
-        names = _read_class_file(options.class_names) if options.class_names else None
-        with contextlib.redirect_stdout(sys.stderr):
-            model = from_coop_checkpoint(
-                options.checkpoint,
-                options.base_model,
-                names,
-                options.class_token_position,
-                epoch=options.epoch,
-                **({"revision": options.revision} if options.revision else {}),
-            )
-        model.save_pretrained(options.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    kind = "class-specific" if model.config.class_specific else "unified"
-    classes = f"{len(model.class_names)} classes" if model.class_names else "no class names"
-    print(f"{options.output}: {kind} context, {model.config.n_ctx} vectors of {model.context.shape[-1]}, {classes}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _sentences(checkpoint: dict[str, Any], embedding: Tensor, tokenizer: Any) -> list[list[int]]:
+    """The tokens of each class behind the context, up to EOS, by their embeddings; none if these are missing or not
+    the base's. PromptSRC's average leaves them rounded, so what is not found exactly is looked for nearby."""
+    suffix = checkpoint["token_suffix"]
+    if suffix is None or not len(suffix) or checkpoint["context"] is None:
+        return []
+    eos = special_token_ids(tokenizer)[1]
+    rows = embedding.to("cpu", suffix.dtype).float()
+    ids: dict[bytes, int | None] = {row.tobytes(): i for i, row in reversed(list(enumerate(rows.numpy())))}
+    sentences = []
+    for vectors in suffix:
+        sentence = []
+        for vector in vectors.float():
+            key = vector.numpy().tobytes()
+            if key not in ids:
+                nearest = int(torch.cdist(vector[None], rows)[0].argmin())
+                is_near = torch.allclose(vector, rows[nearest], atol=1e-3, rtol=1e-2)
+                ids[key] = nearest if is_near else None
+            token = ids[key]
+            if token is None:
+                return []
+            if token == eos:
+                break
+            sentence.append(token)
+        else:
+            return []
+        sentences.append(sentence)
+    return sentences
