@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from coop_hf.experiments.commands import ProtocolArguments, prepare, run_command
-from coop_hf.experiments.methods import METHODS
+from coop_hf.experiments.methods import METHODS, USUAL_METHODS
 from coop_hf.experiments.plotting import plot_few_shot_curves
 from coop_hf.experiments.protocols import few_shot_curve
 from coop_hf.experiments.tables import results_table, scores_by_method, show_table
@@ -24,7 +24,8 @@ from coop_hf.experiments.tables import results_table, scores_by_method, show_tab
 class Arguments(ProtocolArguments):
     shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Images of a class."})
     methods: list[str] | None = field(
-        default_factory=lambda: [name for name in METHODS if name != "coop_m4"], metadata={"help": "Methods."}
+        default_factory=lambda: [name for name in USUAL_METHODS if name != "coop_m4"],
+        metadata={"help": f"Any of {', '.join(METHODS)}, or all. Default: the usual ones but coop_m4."},
     )
     output_dir: str = field(default="results/few_shot_curve", metadata={"help": "Folder of the results."})
 

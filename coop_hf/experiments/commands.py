@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -15,7 +15,7 @@ from ..data.few_shot import DRAWS, _check_column, coop_few_shot_rows, resolve_la
 from ..data.sources import SPLIT_NAMES, load_images, read_coop_split, read_few_shot_indices
 from ..demo.emoji import emoji_cupl_path, emoji_model_path, load_emoji
 from ..modeling import CoOpModel
-from .methods import EMOJI_TEMPLATES, METHODS, Method, Options, look_up
+from .methods import EMOJI_TEMPLATES, METHODS, USUAL_METHODS, Method, Options, look_up
 from .protocols import choose_template
 from .tasks import Task, a_fifth, make_task, with_draws
 
@@ -42,8 +42,9 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (OSError, ValueError, TypeError, ImportError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not isinstance(error, OSError) and not raised_in.startswith((_PACKAGE, sys.argv[0] or _PACKAGE)):
+        raised_in = os.path.realpath(traceback.extract_tb(error.__traceback__)[-1].filename)
+        own = (_PACKAGE, os.path.realpath(sys.argv[0]))
+        if not isinstance(error, OSError) and not raised_in.startswith(own):
             raise
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
@@ -219,7 +220,10 @@ class ProtocolArguments(DataArguments):
     cupl_file: str | None = field(
         default=None, metadata={"help": "JSON file of CuPL's sentences. The emoji have one."}
     )
-    methods: list[str] | None = field(default=None, metadata={"help": f"Any of {', '.join(METHODS)}. Default: all."})
+    methods: list[str] | None = field(
+        default_factory=lambda: list(USUAL_METHODS),
+        metadata={"help": f"Any of {', '.join(METHODS)}, or all. Default: {', '.join(USUAL_METHODS)}."},
+    )
     shots: list[int] = field(default_factory=lambda: [16], metadata={"help": "Images of a class."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds."})
     recipe: str = field(default="fast", metadata={"help": "'fast' or 'paper', see CoOpTrainingArguments."})
@@ -235,7 +239,8 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
     Returns:
         the model, on a GPU if there is one; the data set; options; the methods.
     """
-    methods = {name: look_up(METHODS, name, "method") for name in args.methods or METHODS}
+    chosen = list(METHODS) if args.methods in (None, ["all"]) else args.methods
+    methods = {name: look_up(METHODS, name, "method") for name in chosen}
     splits, names = load_splits(args), args.read_class_names()
     if "train" not in splits:
         raise ValueError(f"{args.data_name} has {', '.join(splits)}; a protocol needs train: pass --train_split.")
@@ -271,4 +276,7 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
     cupl_file = emoji_cupl_path() if args.cupl_file is None and args.is_emoji else args.cupl_file
     cupl = None if cupl_file is None else read_prompts(cupl_file, task.class_names)
     print(f'Template: "{template}". Images: {", ".join(f"{k} {len(v[1])}" for k, v in task.parts.items())}.')
-    return model, task, Options(template, ensemble, cupl, args.recipe), methods
+    options = Options(template, ensemble, cupl, args.recipe)
+    if args.is_emoji:  # its base has not learned what a photo is
+        options = replace(options, words=template.split("{}")[0].strip())
+    return model, task, options, methods

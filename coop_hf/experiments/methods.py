@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PrinterCallback, set_seed
 
+from ..adapters import get_adapter_class
 from ..baselines import (
     autoprompt,
     class_embeddings,
@@ -17,12 +18,14 @@ from ..baselines import (
     fit_pet,
     zero_shot_logits,
 )
-from ..config import CoOpConfig
 from ..core.layout import encode_words
 from ..data.feature_cache import EmbeddedImages
+from ..data.labelled_images import collate
 from ..modeling import CoOpModel
 from ..training.arguments import CoOpTrainingArguments
+from ..training.heads import fit_head
 from ..training.trainer import CoOpTrainer
+from .configs import check_fields, make_config
 from .tasks import FewShot
 
 
@@ -33,11 +36,18 @@ __all__ = [
     "Method",
     "Options",
     "Predictor",
+    "USUAL_METHODS",
     "ablation_methods",
     "coop_method",
+    "head",
+    "learner",
 ]
 
 T = TypeVar("T")
+
+BATCH_SIZE = (
+    64  # images that are scored at a time where they go through the tower, or have class embeddings of their own
+)
 
 # Candidates for the embedded default; `choose_template` takes the best on validation.
 EMOJI_TEMPLATES = (
@@ -54,8 +64,9 @@ EMOJI_TEMPLATES = (
 
 # ---------------------------------------------------------------------- methods
 
-# Scores images `(num_images, projection_dim)` against any list of class names.
-Predictor = Callable[[torch.Tensor, list[str]], torch.Tensor]
+# Scores image embeddings `(num_images, projection_dim)` against any list of class names. One with an attribute
+# `sees_images` takes a data set of `pixel_values` instead of embeddings.
+Predictor = Callable[[Any, list[str]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,12 +78,15 @@ class Options:
         ensemble (`tuple[str, ...]`): templates of the prompt ensemble.
         cupl (`dict[str, list[str]]`, *optional*): CuPL's sentences.
         recipe (`str`, *optional*, defaults to `"fast"`): of `CoOpTrainingArguments`.
+        words (`str`, *optional*, defaults to `"a photo of a"`): words that a prompt starts from, in methods that start
+            from words.
     """
 
     template: str
     ensemble: tuple[str, ...]
     cupl: dict | None = None
     recipe: str = "fast"
+    words: str = "a photo of a"
 
 
 @dataclass(frozen=True)
@@ -85,12 +99,15 @@ class Method:
             gives base and processor, and must not be changed.
         learns (`bool`, *optional*, defaults to `True`): `False`: does not look at the few-shot set, and is run once.
         any_classes (`bool`, *optional*, defaults to `True`): whether it scores other classes than it has learned.
+        sees_images (`bool`, *optional*, defaults to `False`): whether it changes the image tower, and so learns from
+            images instead of embeddings, and scores them.
     """
 
     title: str
     fit: Callable
     learns: bool = True
     any_classes: bool = True
+    sees_images: bool = False
 
 
 def _from_texts(model: CoOpModel, embed: Callable[[list[str]], torch.Tensor]) -> Predictor:
@@ -144,22 +161,34 @@ def _fit_autoprompt(model: CoOpModel, shots: FewShot, options: Options) -> Predi
     return _from_texts(model, lambda names: class_embeddings(model, None, names, prompt.template))
 
 
-def _make_student(model: CoOpModel, shots: FewShot, options: Options, **config: Any) -> CoOpModel:
+def _make_student(
+    model: CoOpModel, shots: FewShot, options: Options, method: str = "coop", objective: str | None = None,
+    **fields: Any,
+) -> CoOpModel:  # fmt: skip
+    family = model.family
+    num_layers = min(len(family.text_layers), len(family.vision_layers))
+    shared = {"template": options.template, "class_names": shots.class_names}
+    config = make_config(method, objective, fields, model.tokenizer, num_layers, options.words, **shared)
     set_seed(shots.seed)
-    config = CoOpConfig(template=options.template, **config)
-    return CoOpModel(model.get_base_model(), config, shots.class_names, model.processor)
+    return CoOpModel(model.get_base_model(), config, processor=model.processor)
 
 
-def _train_coop(model: CoOpModel, shots: FewShot, options: Options, **config: Any) -> CoOpModel:
-    student = _make_student(model, shots, options, **config)
-    train, columns = EmbeddedImages(shots.image_embeds, shots.labels), {}
-    if options.recipe != "fast":  # augmented views need the images
+def _train(
+    model: CoOpModel, shots: FewShot, options: Options, method: str = "coop", objective: str | None = None,
+    **fields: Any,
+) -> CoOpModel:  # fmt: skip
+    """A model with an adapter of the method, trained on the shots by the recipe."""
+    student = _make_student(model, shots, options, method, objective, **fields)
+    columns: dict[str, Any] = {}
+    train: Any = EmbeddedImages(shots.image_embeds, shots.labels)
+    if options.recipe != "fast" or student.adapter.prompts_image_tower:  # augmented views need the images, too
         train = shots.images
         columns = {"image_column": shots.columns[0], "label_column": shots.columns[1]}
     with tempfile.TemporaryDirectory() as folder:
         args = CoOpTrainingArguments(
             folder,
             recipe=options.recipe,
+            objective=objective,
             seed=shots.seed,
             save_strategy="no",
             logging_strategy="no",
@@ -173,17 +202,49 @@ def _train_coop(model: CoOpModel, shots: FewShot, options: Options, **config: An
 
 
 def _predict_with(student: CoOpModel) -> Predictor:
+    """Scores with a model: embeddings, or the images themselves."""
+    student.eval()
+    sees_images = student.adapter.prompts_image_tower
+
     @torch.no_grad()
-    def predict(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
+    def predict(images: Any, names: list[str]) -> torch.Tensor:
         if list(names) != student.class_names:
             student.set_class_names(list(names))
-        return student(image_embeds=image_embeds).logits
+        size = BATCH_SIZE if sees_images or student.adapter.reads_image else len(images)
+        found = []
+        for start in range(0, len(images), size):
+            rows = range(start, min(start + size, len(images)))
+            if sees_images:
+                inputs = collate([images[row] for row in rows])
+                inputs.pop("labels", None)
+                inputs = {name: value.to(student.device) for name, value in inputs.items()}
+            else:
+                inputs = {"image_embeds": images[rows.start : rows.stop]}
+            found.append(student(**inputs).logits)
+        return torch.cat(found)
 
+    if sees_images:
+        predict.sees_images = True  # type: ignore[attr-defined]
     return predict
 
 
-def _fit_coop(model: CoOpModel, shots: FewShot, options: Options, **config: Any) -> Predictor:
-    return _predict_with(_train_coop(model, shots, options, **config))
+def _fit_learner(model: CoOpModel, shots: FewShot, options: Options, **arguments: Any) -> Predictor:
+    return _predict_with(_train(model, shots, options, **arguments))
+
+
+def learner(title: str, method: str = "coop", objective: str | None = None, **fields: Any) -> Method:
+    """A method of prompt learning, started as in its official code.
+
+    Args:
+        title (`str`): its name in tables.
+        method (`str`, *optional*, defaults to `"coop"`): what is learned, see `coop_hf.adapters`.
+        objective (`str`, *optional*, defaults to the method's own): what is lowered.
+        fields: of the method's configuration: `n_ctx`, `class_specific`, `depth` ...
+    """
+    check_fields(method, fields)
+    fit = functools.partial(_fit_learner, method=method, objective=objective, **fields)
+    any_classes = not fields.get("class_specific", False)
+    return Method(title, fit, any_classes=any_classes, sees_images=get_adapter_class(method).prompts_image_tower)
 
 
 def coop_method(title: str, **config: Any) -> Method:
@@ -193,7 +254,26 @@ def coop_method(title: str, **config: Any) -> Method:
         title (`str`): its name in tables.
         config: fields of `CoOpConfig`: `n_ctx`, `class_token_position`, `class_specific`, `ctx_init`.
     """
-    return Method(title, functools.partial(_fit_coop, **config), any_classes=not config.get("class_specific", False))
+    return learner(title, **config)
+
+
+def _fit_head(model: CoOpModel, shots: FewShot, options: Options, method: str) -> Predictor:
+    """By its published recipe on the plain views, without validation, whatever the recipe of the prompts."""
+    student = _make_student(model, shots, options, method)
+    fit_head(student, shots.image_embeds, shots.labels, seed=shots.seed)
+    predict = _predict_with(student)
+
+    def predict_own(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
+        if list(names) != list(shots.class_names):
+            raise ValueError("a head scores the classes that it was fitted on, and no others.")
+        return predict(image_embeds, names)
+
+    return predict_own
+
+
+def head(title: str, method: str) -> Method:
+    """A head on image features, see `coop_hf.adapters.heads`."""
+    return Method(title, functools.partial(_fit_head, method=method), any_classes=False)
 
 
 def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
@@ -201,7 +281,7 @@ def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
 
     The temperature was chosen on the validation part of the emoji.
     """
-    learned = _train_coop(model, shots, options, n_ctx=16)
+    learned = _train(model, shots, options, n_ctx=16)
     if len(shots.unlabelled_embeds) == 0:
         return _predict_with(learned)
     teachers = [list(options.ensemble)]
@@ -224,7 +304,27 @@ METHODS = {
     "coop": coop_method("CoOp M=16", n_ctx=16),
     "coop_m4": coop_method("CoOp M=4", n_ctx=4),
     "coop_csc": coop_method("CoOp M=4, class-specific", n_ctx=4, class_specific=True),
+    "cocoop": learner("CoCoOp", "cocoop"),
+    "kgcoop": learner("KgCoOp", "coop", "kgcoop"),
+    "prograd": learner("ProGrad", "coop", "prograd"),
+    "tcp": learner("TCP", "tcp"),
+    "deep_text": learner("deep text prompts", "deep_text"),
+    "vpt": learner("VPT", "vpt"),
+    "ivlp": learner("IVLP", "ivlp"),
+    "maple": learner("MaPLe", "maple"),
+    "promptsrc": learner("PromptSRC", "ivlp", "promptsrc"),
+    "tip_adapter": head("Tip-Adapter", "tip_adapter"),
+    "tip_adapter_f": head("Tip-Adapter-F", "tip_adapter_f"),
+    "taskres": head("TaskRes", "taskres"),
+    "clip_adapter": head("CLIP-Adapter", "clip_adapter"),
+    "zs_lp": head("ZS-LP", "zs_lp"),
+    "clap": head("CLAP", "clap"),
+    "lp_plus_plus": head("LP++", "lp_plus_plus"),
+    "gda": head("GDA", "gda"),
 }
+
+# What the commands run where nothing else is named: minutes on a CPU.
+USUAL_METHODS = ("zero_shot", "ensemble", "cupl", "linear_probe", "autoprompt", "pet", "coop", "coop_m4", "coop_csc")
 
 # One change at a time; `words` stands for the hand-written template up to the class name.
 ABLATIONS = {

@@ -182,7 +182,8 @@ def _run(
         if not method.learns:
             return {"scores": score(method.fit(model, None, options))}
         noise = cell.get("noise", 0.0)
-        shots = draw_few_shot(tasks[0], cell["shots"], cell["seed"], noise, options.recipe != "fast")
+        with_images = options.recipe != "fast" or method.sees_images
+        shots = draw_few_shot(tasks[0], cell["shots"], cell["seed"], noise, with_images)
         return {"scores": score(method.fit(model, shots, options)), "rows": shots.rows}
 
     settings = {**_settings(protocol, model, tasks, options), **more}
@@ -193,9 +194,14 @@ def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(dim=-1).cpu() == labels).float().mean().item()
 
 
+def _logits(predict: Predictor, task: Task, class_names: list[str], part: str = "test") -> torch.Tensor:
+    """Scores of a part's images; of the images themselves where a method changes the image tower."""
+    images = task.views[part] if getattr(predict, "sees_images", False) else task.parts[part][0]
+    return predict(images, class_names)
+
+
 def _test(predict: Predictor, task: Task, part: str = "test") -> float:
-    embeds, labels = task.parts[part]
-    return _accuracy(predict(embeds, task.class_names), labels)
+    return _accuracy(_logits(predict, task, task.class_names, part), task.parts[part][1])
 
 
 def choose_template(model: CoOpModel, task: Task, templates: Sequence[str]) -> tuple[str, dict[str, float]]:
@@ -328,7 +334,7 @@ def domain_generalization(
     methods, class_maps = _usable(methods, options), class_maps or {}
 
     def logits(predict: Predictor, target: Task) -> torch.Tensor:
-        found = predict(target.parts["test"][0], source.class_names)
+        found = _logits(predict, target, source.class_names)
         return map_classes(found, source.class_names, target.class_names, class_maps.get(target.name))
 
     tasks, cells = [source, *targets], _cells(methods, [shots], seeds)

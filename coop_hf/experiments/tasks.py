@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import datasets
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from ..data.feature_cache import embed_images
 from ..data.few_shot import sample_few_shot
@@ -36,6 +37,8 @@ class Task:
             classes were selected.
         draws (`dict[tuple[int, int], tuple[list[int], list[int] or None]]`, *optional*): by number of shots and seed,
             the rows of `"train"` and of `"validation"` that a draw from elsewhere takes, see [`with_draws`].
+        views (`dict[str, torch.utils.data.Dataset]`, *optional*): of each part, the images of the embeddings as plain
+            views, for methods that change the image tower; their labels are not looked at.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Task:
     columns: tuple[str, str] = ("image", "label")
     rows: np.ndarray | None = None
     draws: dict = field(default_factory=dict)
+    views: dict[str, torch.utils.data.Dataset] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,7 +100,7 @@ def make_task(
     """
     if "test" not in splits:
         raise ValueError(f"{name} has no part to test on: expected a split 'test', got {', '.join(splits)}.")
-    parts, digest, images, names = {}, hashlib.blake2b(digest_size=8), None, class_names
+    parts, views, digest, images, names = {}, {}, hashlib.blake2b(digest_size=8), None, class_names
     for part in ("train", "validation", "test"):
         if part not in splits:
             continue
@@ -105,7 +109,7 @@ def make_task(
         )
         names = labelled.class_names
         embeds = embed_images(model, labelled, progress=progress)[0]
-        parts[part] = (embeds, torch.as_tensor(labelled.labels))
+        parts[part], views[part] = (embeds, torch.as_tensor(labelled.labels)), labelled
         for index, label in enumerate(labelled.labels):
             digest.update(labelled.content_key(index) + f"{part} {label}".encode())
         if part == "train":
@@ -117,7 +121,10 @@ def make_task(
         embeds, labels = parts["train"]
         parts["validation"] = (embeds[held_out], labels[held_out])
         parts["train"], images, rows = (embeds[kept], labels[kept]), images.select(kept), kept
-    return Task(name, names, parts, digest.hexdigest(), images, (image_column, label_column), rows)
+        places = {"train": kept, "validation": np.flatnonzero(held_out)}
+        views |= {part: Subset(views["train"], own.tolist()) for part, own in places.items()}
+    columns = (image_column, label_column)
+    return Task(name, names, parts, digest.hexdigest(), images, columns, rows, views=views)
 
 
 def a_fifth(labels: np.ndarray) -> np.ndarray:
@@ -147,8 +154,9 @@ def select_classes(task: Task, classes: list[int], name: str | None = None) -> T
         for part, (embeds, labels) in task.parts.items()
     }
     images, rows, draws = task.images, task.rows, {}
+    places = {part: np.flatnonzero((number[labels] >= 0).numpy()) for part, (_, labels) in task.parts.items()}
+    views = {part: Subset(own, places[part].tolist()) for part, own in task.views.items()}
     if "train" in task.parts:
-        places = {part: np.flatnonzero((number[labels] >= 0).numpy()) for part, (_, labels) in task.parts.items()}
         kept = places["train"]
         images = None if images is None else images.select(kept)
         rows = kept if rows is None else rows[kept]
@@ -159,7 +167,8 @@ def select_classes(task: Task, classes: list[int], name: str | None = None) -> T
                 for part, own in zip(("train", "validation"), drawn, strict=True)
             )
     names = [task.class_names[c] for c in classes]
-    return replace(task, name=name or task.name, class_names=names, parts=parts, images=images, rows=rows, draws=draws)
+    new = {"class_names": names, "parts": parts, "images": images, "rows": rows, "draws": draws, "views": views}
+    return replace(task, name=name or task.name, **new)
 
 
 def with_draws(task: Task, draws: dict[tuple[int, int], tuple[list[int], list[int] | None]]) -> Task:

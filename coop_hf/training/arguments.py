@@ -50,6 +50,9 @@ PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
     },
 }
 
+# Of the fast recipe, where a step on all images would be too much: class embeddings for each image.
+FAST_RECIPES: dict[str, dict] = {"cocoop": {"batch_size": 8}}
+
 # Methods whose own loss is not cross-entropy.
 METHOD_OBJECTIVES = {"clap": "clap", "tcp": "kgcoop"}
 
@@ -80,6 +83,8 @@ def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "c
         `dict`: names of arguments and their values; `batch_size` is the global batch.
     """
     values = dict(RECIPES[recipe])
+    if recipe == "fast":
+        values |= FAST_RECIPES.get(method, {})
     if recipe == "paper":
         values |= PAPER_RECIPES.get(method, {})
         values |= PAPER_RECIPES.get((method, objective), {}) if isinstance(objective, str) else {}
