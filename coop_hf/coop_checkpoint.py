@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         what = f"{kind} context, {model.config.n_ctx} vectors of {model.context.shape[-1]}"
     else:
         count = sum(value.numel() for value in model.adapter.learned_state().values())
-        what = f"{model.adapter.title} adapter of {count:,} values"
+        what = f"adapter of the method {model.config.method!r}, {count:,} values"
     classes = f"{len(model.class_names)} classes" if model.class_names else "no class names"
     print(f"{options.output}: {what}, {classes}")
     return 0

@@ -285,7 +285,8 @@ class CoOpModel(AdapterModel):
             raise ValueError(f"`top_k` must be a positive whole number or None, got {top_k!r}.")
         if not is_int(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
-        names = self._class_prompts() and self.class_names
+        self._class_prompts()
+        names = self.class_names
         assert names is not None
         is_single = is_one_image(images)
         images = [images] if is_single else images

@@ -415,7 +415,7 @@ PROJ |= {"prompt_learner.proj.bias": torch.zeros(48)}
 )
 def test_other_contents_of_other_methods(tmp_path, state, message):
     torch.save({"state_dict": state}, tmp_path / "c")
-    with pytest.raises(ValueError, match=f"no usable checkpoint.*{message}"):
+    with pytest.raises(ValueError, match=f"not a usable checkpoint.*{message}"):
         read_coop_checkpoint(tmp_path / "c")
 
 
@@ -664,6 +664,24 @@ def test_command_line(tokenizer, processor, base, base_folder, tmp_path, capsys)
     assert CoOpModel.from_pretrained(tmp_path / "a").class_names == NAMES[:2]
     assert main([*arguments, "--epoch", "3"]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_command_line_with_another_method(deep_base, tokenizer, processor, tmp_path, capsys):
+    deep_base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    write("tcp", tmp_path / "out", deep_base, tokenizer)
+    (tmp_path / "names.json").write_text(json.dumps(OTHER_NAMES))
+    arguments = [str(tmp_path / "out"), str(tmp_path / "a"), "--base_model", str(tmp_path / "base")]
+    arguments += ["--class_names", str(tmp_path / "names.json"), "--template", "art of the {}!"]
+    assert main(arguments) == 0
+    count = 4 * 32 + 8 * 32 + 8 + 128 * 8 + 128
+    assert f"adapter of the method 'tcp', {count:,} values, 4 classes" in capsys.readouterr().out
+    model = CoOpModel.from_pretrained(tmp_path / "a")
+    assert model.class_names == OTHER_NAMES and model.config.template == "art of the {}!"
+    direct = CoOpModel.from_coop_checkpoint(
+        tmp_path / "out", deep_base, OTHER_NAMES, processor=processor, template="art of the {}!"
+    )
+    assert torch.equal(logits(model), logits(direct))
 
 
 def test_command_line_as_a_module(tokenizer, base, base_folder, tmp_path):

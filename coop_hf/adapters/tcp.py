@@ -58,6 +58,7 @@ class TCPConfig(CoOpConfig, method="tcp"):
 class TCP(CoOp, method="tcp"):
     """The context vectors, and the network (`meta_net`) that turns class embeddings into class-aware tokens."""
 
+    config: TCPConfig
     uses_template = True
 
     def __init__(self, config: TCPConfig, family: Family, tokenizer: Any):

@@ -10,6 +10,7 @@ All images start from one context, so the text tower runs forward once for all o
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -114,8 +115,8 @@ def tpt(
             embeds = _embed_views(model, views[first : first + _IMAGES_AT_ONCE], batch_size)
         with torch.inference_mode(False):  # the clones may learn, also where the caller is in inference mode
             embeds, context = F.normalize(embeds.float(), dim=-1).clone(), start.clone()
-            options = {"lr": learning_rate, "weight_decay": weight_decay, "eps": adam_epsilon}
-            parts.append(_tune(model, prompts, context, embeds, share, num_steps, options))
+            adamw = functools.partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay, eps=adam_epsilon)
+            parts.append(_tune(model, prompts, context, embeds, share, num_steps, adamw))
     return TPTOutput(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TPTOutput)})
 
 
@@ -150,19 +151,19 @@ def _embed_views(model: Any, views: Tensor, batch_size: int) -> Tensor:
             "`views` must be pixels (images, views, 3, height, width) or image embeddings (images, views, "
             f"{model.family.projection_dim}), got {tuple(views.shape)}."
         )
-    parts = [model.get_image_features(part) for part in views.flatten(0, 1).split(batch_size)]
-    return torch.cat(parts).unflatten(0, tuple(views.shape[:2]))
+    parts = [model.get_image_features(part) for part in torch.split(views.flatten(0, 1), batch_size)]
+    return torch.cat(parts).view(*views.shape[:2], -1)
 
 
 def _embed_images(model: Any, images: Any, indices: range, num_views: int, seed: int, batch_size: int) -> Tensor:
-    augment = functools.partial(train_transform(model.image_processor), resample=int(PIL.Image.Resampling.BILINEAR))
+    augment = train_transform(model.image_processor, resample=PIL.Image.Resampling.BILINEAR)
     make = functools.partial(
         _make_views, plain=eval_transform(model.image_processor), augment=augment, num_views=num_views, seed=seed
     )
     rows = []
     for index in indices:
         views = read_image(images, index, make)
-        batches = zip(*(value.split(batch_size) for value in views.values()))
+        batches = zip(*(torch.split(value, batch_size) for value in views.values()))
         rows.append(torch.cat([model.get_image_features(**dict(zip(views, batch))) for batch in batches]))
     return torch.stack(rows)
 
@@ -180,7 +181,7 @@ def _tune(
     embeds: Tensor,
     share: float,
     num_steps: int,
-    options: dict[str, float],
+    adamw: Callable[[list[Tensor]], torch.optim.Optimizer],
 ) -> TPTOutput:
     """`tpt` of normalised view embeddings `(images, views, projection_dim)`."""
 
@@ -211,9 +212,9 @@ def _tune(
     # As many images at a time as the shared pass keeps without computing them again.
     at_once = max(1, shared_prefix.TOKENS_KEPT // sum(map(len, prompts.layout.tokens)))
     contexts, logits = [], []
-    for part, views, first in zip(gradient.split(at_once), surest.split(at_once), embeds[:, :1].split(at_once)):
+    for part, views, first in zip(*(torch.split(x, at_once) for x in (gradient, surest, embeds[:, :1]))):
         context = shared.detach().expand(len(part), 1, -1, -1).clone().requires_grad_()
-        optimizer = torch.optim.AdamW([context], **options)
+        optimizer = adamw([context])
         context.grad = part
         optimizer.step()
         for _ in range(num_steps - 1):

@@ -257,6 +257,7 @@ def train_transform(
     flip: bool = True,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    resample: int | None = None,
 ) -> Callable[[PIL.Image.Image, np.random.Generator], Pixels]:
     """
     The training transform of the [CoOp paper](https://arxiv.org/abs/2109.01134): a random crop of random size and
@@ -276,6 +277,8 @@ def train_transform(
             Smallest and largest share of the image's area.
         ratio (`tuple(float, float)`, *optional*, defaults to `(3/4, 4/3)`):
             Smallest and largest width / height.
+        resample (`int`, *optional*, defaults to the image processor's):
+            How crops are resized, one of `PIL.Image.Resampling`.
 
     Returns:
         `Callable[[PIL.Image.Image, np.random.Generator], Pixels]`: gives `(3, height, width)` float32, or a dict of
@@ -296,7 +299,7 @@ def train_transform(
         flip=flip,
         scale=tuple(scale),
         ratio=tuple(ratio),
-        resample=int(getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC),
+        resample=int(resample or getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC),
         **({"image_processor": processor} if is_flexible else _scaling(processor)),
     )
 

@@ -445,12 +445,14 @@ def checkpoint_to_adapter(
         options["n_ctx"] = context.shape[-2]
     if method == "coop":
         options |= {"class_token_position": class_token_position, "class_specific": class_specific}
-    elif method != "vpt" and method != "tcp":
-        options["ctx_init"] = None
+    if method in ("cocoop", "deep_text", "ivlp", "maple"):
+        options["ctx_init"] = None  # what is learned replaces the start
+    if method in ("deep_text", "ivlp", "maple", "tcp"):
+        options["fixed_words"] = fixed_words
     if method == "tcp":
-        options |= {"fixed_words": fixed_words, "ending": ending}
-    if method in ("deep_text", "ivlp", "maple"):
-        options |= {"fixed_words": fixed_words, "depth": len(tensors["deep_text"]) + 1}
+        options["ending"] = ending
+    if "deep_text" in tensors:
+        options["depth"] = len(tensors["deep_text"]) + 1
     if "visual" in tensors:
         depth, options["n_vision"] = tensors["visual"].shape[:2]
         options["depth" if method == "vpt" else "vision_depth"] = depth
