@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import COLOUR_NAMES, COLOUR_OPTIONS
+from torch.utils.data import Subset
 
-from coop_hf import sample_few_shot
+from coop_hf import CoOpModel, sample_few_shot
+from coop_hf.adapters.tpt import tpt
 from coop_hf.experiments import methods, protocols, tasks
 from coop_hf.experiments.configs import make_config
 from coop_hf.training.arguments import RECIPES
@@ -189,3 +193,14 @@ def test_a_method_starts_as_its_official_code(tokenizer):
         fields("vpt", n_ctx=4)
     with pytest.raises(ValueError, match="no method 'mapel'; choose from coop, "):
         fields("mapel")
+
+
+def test_tpt_in_a_protocol(model, task):
+    few = tasks.select_classes(task, [0, 3])
+    views = Subset(few.views["test"], [0, 5, 9])
+    predict = methods.METHODS["tpt"].fit(model, None, replace(COLOUR_OPTIONS, words="a photo"))
+    images = [task.views["test"].image(views.dataset.indices[i]) for i in views.indices]
+    student = CoOpModel(model.get_base_model(), class_names=few.class_names, processor=model.processor)
+    with student.disable_adapter():
+        expected = tpt(student, images, ctx_init="a photo").logits
+    assert torch.equal(predict(views, few.class_names), expected)

@@ -237,6 +237,10 @@ class LabelledImages(torch.utils.data.Dataset):
             return self._plain(image)
         return self._augmented(image, np.random.default_rng([self.seed, operator.index(epoch), row]))
 
+    def image(self, index: int) -> PIL.Image.Image:
+        """`PIL.Image.Image`: an item as it is, decoded."""
+        return self._decode(int(self.rows[index]))
+
     def preprocessing_key(self) -> str:
         """`str`: names the plain transform, for a cache of what it gives.
 

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import PIL.Image
 import torch
+from torch.utils.data import Subset
 from transformers import PrinterCallback, set_seed
 
 from ..adapters import get_adapter_class
+from ..adapters.tpt import tpt
 from ..baselines import (
     autoprompt,
     class_embeddings,
@@ -18,6 +21,7 @@ from ..baselines import (
     fit_pet,
     zero_shot_logits,
 )
+from ..config import CoOpConfig
 from ..core.layout import encode_words
 from ..data.feature_cache import EmbeddedImages
 from ..data.labelled_images import collate
@@ -271,6 +275,35 @@ def _fit_head(model: CoOpModel, shots: FewShot, options: Options, method: str) -
     return predict_own
 
 
+def _fit_tpt(model: CoOpModel, shots: FewShot | None, options: Options) -> Predictor:
+    """Zero-shot, but for each image a context that starts from the words and is tuned on its views."""
+
+    def predict(images: Any, names: list[str]) -> torch.Tensor:
+        config = CoOpConfig(template=options.template)
+        student = CoOpModel(model.get_base_model(), config, names, model.processor)
+        with student.disable_adapter():
+            return tpt(student, _Decoded(images), ctx_init=options.words).logits
+
+    predict.sees_images = True  # type: ignore[attr-defined]
+    return predict
+
+
+class _Decoded:
+    """The images themselves of [`LabelledImages`], or of a part of them."""
+
+    def __init__(self, images: Any):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> PIL.Image.Image:
+        images = self.images
+        while isinstance(images, Subset):
+            images, index = images.dataset, images.indices[index]
+        return images.image(index)
+
+
 def head(title: str, method: str) -> Method:
     """A head on image features, see `coop_hf.adapters.heads`."""
     return Method(title, functools.partial(_fit_head, method=method), any_classes=False)
@@ -309,6 +342,7 @@ METHODS = {
     "prograd": learner("ProGrad", "coop", "prograd"),
     "tcp": learner("TCP", "tcp"),
     "deep_text": learner("deep text prompts", "deep_text"),
+    "tpt": Method("TPT", _fit_tpt, learns=False, sees_images=True),
     "tip_adapter": head("Tip-Adapter", "tip_adapter"),
     "tip_adapter_f": head("Tip-Adapter-F", "tip_adapter_f"),
     "taskres": head("TaskRes", "taskres"),
