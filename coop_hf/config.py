@@ -43,7 +43,7 @@ MAX_CONTEXT_TOKENS = 4096
 CONFIGS: dict[str, type["PromptConfig"]] = {}  # method -> its configuration
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """The values of one `adapter_config.json`, not yet looked at.
 
     Raises:
@@ -97,6 +97,8 @@ class PromptConfig:
     coop_hf_version: str = field(default=__version__)
 
     method: ClassVar[str] = ""
+    # Read by the pipelines of transformers 5.4.
+    _commit_hash: ClassVar[str | None] = None
     # Read by transformers.Trainer: what `evaluate` and `predict` don't collect.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["text_embeds", "image_embeds"]
 
@@ -137,7 +139,7 @@ class PromptConfig:
         """The configuration as plain Python values, with its `"method"` unless it is CoOp's."""
         return {**dataclasses.asdict(self), **({} if self.method == "coop" else {"method": self.method})}
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes `adapter_config.json` (sorted keys, indent 2) into `save_directory`, which is made if missing."""
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, ADAPTER_CONFIG_NAME), "w", encoding="utf-8") as file:
@@ -184,7 +186,7 @@ class PromptConfig:
         return kind(**{key: value for key, value in values.items() if key in known})
 
     @classmethod
-    def from_json_file(cls: type[_Config], path: str | os.PathLike) -> _Config:
+    def from_json_file(cls: type[_Config], path: str | os.PathLike[str]) -> _Config:
         """Reads one `adapter_config.json`.
 
         Raises:
@@ -194,7 +196,7 @@ class PromptConfig:
 
     @classmethod
     def from_pretrained(
-        cls: type[_Config], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls: type[_Config], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> _Config:
         """Reads the configuration of an adapter from a local folder, the cache or the Hub.
 

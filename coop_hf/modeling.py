@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .adapters.base import Adapter
-from .adapters.model import AdapterModel, Shapes
+from .adapters.model import AdapterModel
 from .adapters.tpt import tpt as tune
 from .checks import is_int
 from .config import ADAPTER_CONFIG_NAME, CoOpConfig, PromptConfig
@@ -29,7 +29,7 @@ from .data.labelled_images import collate
 from .data.transforms import eval_transform, is_one_image, read_image
 from .deploy.export import ImageClassifier, as_image_classifier
 from .deploy.merging import merge_and_unload
-from .files.adapter_files import check_adapter, read_adapter
+from .files.adapter_files import Shapes, check_adapter, read_adapter
 from .files.coop_checkpoint import checkpoint_to_adapter, read_coop_checkpoint
 from .files.load_base import check_is_base, load_base, load_base_of_adapter
 from .files.publish import push_to_hub
@@ -366,7 +366,7 @@ class CoOpModel(AdapterModel):
             None if positions is None else positions.weight,
         )
         named = {"base_model_name_or_path": model.config.base_model_name_or_path, "revision": model.config.revision}
-        options = {"text_pass": model.text_pass, "text_chunk_size": model.text_chunk_size}
+        options: dict[str, Any] = {"text_pass": model.text_pass, "text_chunk_size": model.text_chunk_size}
         options["adapter_name"] = model.active_adapter
         return cls(
             model.base_model,
@@ -423,7 +423,7 @@ class CoOpModel(AdapterModel):
             ValueError, OSError: says what was not found, damaged or contradictory; a base that is not supported.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        download = {"token": token, "cache_dir": cache_dir}
+        download: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
         download |= {"local_files_only": local_files_only, "force_download": force_download}
         download = {key: value for key, value in download.items() if value is not None and value is not False}
         options: dict[str, Any] = {"adapter_name": adapter_name, "text_pass": text_pass}

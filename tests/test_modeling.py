@@ -228,7 +228,7 @@ def test_arguments(base, tokenizer):
     assert model.config.n_ctx == 16 and model.class_names == NAMES and model.active_adapter == "default"
     assert CoOpModel(base, CoOpConfig(class_names=["cat"]), processor=tokenizer).class_names == ["cat"]
     assert CoOpModel(base, CoOpConfig(class_names=["cat"]), ["dog"], tokenizer).class_names == ["dog"]
-    with pytest.raises(TypeError, match="CLIPModel.*got CLIPTextModel"):
+    with pytest.raises(TypeError, match="CLIPModel.*got CLIPText"):
         CoOpModel(base.text_model, class_names=NAMES, processor=tokenizer)
     for processor in (None, 3, "tokenizer"):
         with pytest.raises(TypeError, match=f"needs `processor`.*got {type(processor).__name__}"):

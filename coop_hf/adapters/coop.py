@@ -46,7 +46,7 @@ def num_context_tokens(config: CoOpConfig, tokenizer: Any) -> int:
         ValueError: `ctx_init` has more tokens than `n_ctx` asks for, or none.
     """
     if config.ctx_init is None:
-        return config.n_ctx
+        return config.n_ctx or 0  # the configuration filled it in
     count = len(_word_ids(config, tokenizer))
     if count == 0:
         raise ValueError(f"the tokenizer finds no token in ctx_init={config.ctx_init!r}: pass words, or None.")
@@ -75,7 +75,7 @@ def init_context(
         `torch.Tensor`, fp32, on the CPU: `(n_ctx, dim)`, or class-specific `(num_classes, n_ctx, dim)`.
     """
     n_ctx, dim = num_context_tokens(config, tokenizer), token_embedding.embedding_dim
-    shape = (num_classes, n_ctx, dim) if config.class_specific else (n_ctx, dim)
+    shape = (num_classes or 0, n_ctx, dim) if config.class_specific else (n_ctx, dim)
     context = torch.empty(shape, dtype=torch.float32).normal_(std=CONTEXT_STD)
     if config.ctx_init is not None:
         ids = torch.tensor(_word_ids(config, tokenizer))

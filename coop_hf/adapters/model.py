@@ -37,6 +37,7 @@ class AdapterModel(nn.Module):
     base_model: Any
     family: Family
     processor: Any
+    text_chunk_size: int | None
 
     def __init__(self, base_model: Any, family: Family, processor: Any):
         super().__init__()
@@ -126,7 +127,7 @@ class AdapterModel(nn.Module):
 
     def load_adapter(
         self,
-        name_or_path: str | os.PathLike,
+        name_or_path: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
         class_names: list[str] | None = None,
@@ -190,7 +191,8 @@ class AdapterModel(nn.Module):
         return self.adapters[name]  # type: ignore[return-value]
 
     def _set_trainable(self) -> None:
-        for name, adapter in self.adapters.items():
+        for name in self.adapters:
+            adapter = self._known(name)
             adapter.set_trainable(name == self._active and adapter.is_trainable)
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -250,7 +252,7 @@ class AdapterModel(nn.Module):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         selected_adapters: list[str] | None = None,
         training: dict[str, Any] | None = None,
     ) -> None:
@@ -269,7 +271,7 @@ class AdapterModel(nn.Module):
             write_card(save_directory, self, training=training, selected_adapters=selected)
 
     def save_adapters(
-        self, save_directory: str | os.PathLike, selected_adapters: list[str] | None = None
+        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
     ) -> list[str]:
         """The files of `save_pretrained` without the model card.
 

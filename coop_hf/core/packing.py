@@ -1,6 +1,7 @@
 """The tokens of many prompts side by side: what the shared-prefix pass sends through the layers."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class Tokens:
 
     def to(self, device: torch.device) -> "Tokens":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Tokens(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in values.items()})
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return Tokens(**moved)
 
 
 def first_fit(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -129,7 +129,7 @@ def resolve_labels(
                 f"classes ({some(feature.names)}), which are not among them: pass one name for each class, in this "
                 "order."
             )
-    elif "string" in str(feature.dtype):
+    elif "string" in str(getattr(feature, "dtype", "")):
         names = given or check_class_names(sorted(set(values)))
         index_of = {name: index for index, name in enumerate(names)}
         for row, value in enumerate(values):

@@ -92,7 +92,8 @@ def read_coop_split(
             f"There is no folder '{root}': pass as `image_root` the folder that paths in the split file start from."
         )
 
-    name_of, label_of = {}, {}
+    name_of: dict[int, str] = {}
+    label_of: dict[str, int] = {}
     for key, entries in content.items():
         for position, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             types = [type(item) for item in entry] if isinstance(entry, list) else None
@@ -231,7 +232,7 @@ def _split_folders(folder: Path, subfolders: list[Path]) -> dict[str, Path]:
     """`{split: subfolder}` where all subfolders are named as splits, else one split, the folder itself."""
     if not subfolders or any(path.name.lower() not in SPLIT_NAMES for path in subfolders):
         return {"train": folder}
-    splits = {}
+    splits: dict[str, Path] = {}
     for path in subfolders:
         split = SPLIT_NAMES[path.name.lower()]
         if split in splits:
@@ -282,16 +283,17 @@ def _load_class_folders(folder: Path, leaf_folders: bool = False) -> datasets.Da
                 f"'{loose[0]}' lies in no class folder ({len(loose)} such images in '{root}'): put the images of "
                 "each class into a folder with its name."
             )
-    found, names = {}, set()
+    found: dict[str, list[tuple[str, str]]] = {}
+    seen: set[str] = set()
     folders = {split: _class_folders(root, leaf_folders) for split, root in splits.items()}
     name_of = _leaf_names({folder.relative_to(splits[key]).parts for key, own in folders.items() for folder in own})
     for split, root in splits.items():
         found[split] = []
         for class_folder in folders[split]:
             name = name_of[class_folder.relative_to(root).parts]
-            names.add(name)
+            seen.add(name)
             found[split] += [(str(p), name) for p in _visible(class_folder, _is_image)]
-    names = sorted(names)
+    names = sorted(seen)
     empty = sorted(set(names) - {name for rows in found.values() for _, name in rows})
     if empty or not names:
         raise ValueError(
@@ -311,7 +313,7 @@ def _load_class_folders(folder: Path, leaf_folders: bool = False) -> datasets.Da
 
 def _parquet_splits(files: list[Path], root: Path) -> dict[str, list[str]]:
     """`{split: [file]}`, by the first word of a file's name or by its folder's; all "train" where none is a split."""
-    splits = {}
+    splits: dict[Any, list[str]] = {}
     for file in files:
         word = re.split(r"[-._]", file.name.lower())[0]
         folder = file.parent.name.lower() if file.parent != root else ""

@@ -320,7 +320,8 @@ def _check_context(context: Tensor, method: str, problem: str) -> None:
 
 
 def _load_weights_only(path: str, problem: str) -> Any:
-    allowed = [(_Nothing, name) for name in _STANDS_IN_FOR] + [(_empty_dict, name) for name in _STANDS_IN_FOR_DICT]
+    allowed: list[Any] = [(_Nothing, name) for name in _STANDS_IN_FOR]
+    allowed += [(_empty_dict, name) for name in _STANDS_IN_FOR_DICT]
     check_not_sparse(path, problem)
     try:
         is_zip = zipfile.is_zipfile(path)
