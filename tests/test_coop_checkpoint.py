@@ -681,7 +681,7 @@ def test_command_line_with_another_method(deep_base, tokenizer, processor, tmp_p
     direct = CoOpModel.from_coop_checkpoint(
         tmp_path / "out", deep_base, OTHER_NAMES, processor=processor, template="art of the {}!"
     )
-    assert torch.equal(logits(model), logits(direct))
+    assert torch.allclose(logits(model), logits(direct), atol=1e-5)
 
 
 def test_command_line_as_a_module(tokenizer, base, base_folder, tmp_path):
