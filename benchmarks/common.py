@@ -54,14 +54,14 @@ def make_names(count: int, tokens: float = 2.2, seed: int = 0) -> list[str]:
 
 
 def make_base(vision_layers: int = 12, device: str = "cpu", dtype=torch.float32, size: str = "b32") -> CLIPModel:
-    """A CLIP of ViT-B/32's size with random weights: the same work as the real one."""
+    """A CLIP of ViT-B/32's (`size="b32"`) or ViT-B/16's size with random weights: the same work as the real one."""
     torch.manual_seed(0)
     text = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
     if size == "tiny":
         text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
         vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
     else:
-        vision = {"num_hidden_layers": vision_layers}
+        vision = {"num_hidden_layers": vision_layers, "patch_size": 16 if size == "b16" else 32}
     config = CLIPConfig(text_config=text, vision_config=vision)
     return CLIPModel(config).eval().requires_grad_(False).to(device, dtype)
 

@@ -30,6 +30,19 @@ def test_text_step():
         assert result["peak_memory_bytes"] > result["memory_before_bytes"] > 0
 
 
+def test_methods():
+    given = ["--size", "tiny", "--repeats", 1, "--max_plain_classes", 6]
+    results = run("methods.py", *given, "--classes", 6)
+    assert [result["case"] for result in results] == "cocoop kgcoop prograd deep_text maple promptsrc tpt".split()
+    for result in results:
+        if result["case"] in ("kgcoop", "prograd"):
+            assert result["ratio_to_coop"] > 0
+        else:
+            assert result["output_error"] < 1e-4 and result["gradient_error"] < 1e-3 and result["speedup"] > 0
+    (result,) = run("methods.py", *given, "--classes", 8, "--cases", "maple")  # in two groups
+    assert result["speedup"] > 0 and "output_error" not in result
+
+
 def test_processes_share_the_classes_exactly():
     result = run("processes.py", "--size", "tiny", "--classes", 11, "--steps", 1)
     assert result["loss_error"] < 1e-5 and result["gradient_error"] < 1e-5

@@ -3,7 +3,9 @@ import torch
 from conftest import COLOUR_NAMES, COLOUR_OPTIONS
 
 from coop_hf import sample_few_shot
-from coop_hf.experiments import methods, tasks
+from coop_hf.experiments import methods, protocols, tasks
+from coop_hf.experiments.configs import make_config
+from coop_hf.training.arguments import RECIPES
 
 
 def test_task_holds_the_embeddings(model, splits, task):
@@ -120,3 +122,70 @@ def test_ablations():
     assert "words" not in methods.ablation_methods("{}.")
     with pytest.raises(ValueError, match="no ablation 'm5'"):
         methods.ablation_methods("a {}.", ["m5"])
+
+
+LEARNERS = [name for name, method in methods.METHODS.items() if method.fit.__class__.__name__ == "partial"]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_method_learns_in_a_protocol(model, task, monkeypatch, name):
+    monkeypatch.setitem(RECIPES["fast"], "max_steps", 2)
+    before = {key: value.clone() for key, value in model.get_base_model().state_dict().items()}
+    method = methods.METHODS[name]
+    few = tasks.draw_few_shot(task, 2, seed=1, with_images=method.sees_images)
+    predict = method.fit(model, few, COLOUR_OPTIONS)
+    images = task.views["test"] if method.sees_images else task.parts["test"][0]
+    assert getattr(predict, "sees_images", False) == method.sees_images
+    scores = predict(images, COLOUR_NAMES)
+    assert scores.shape == (48, 6) and torch.isfinite(scores).all()
+    zero_shot = methods.METHODS["zero_shot"].fit(model, None, COLOUR_OPTIONS)(task.parts["test"][0], COLOUR_NAMES)
+    assert not torch.allclose(scores, zero_shot, atol=1e-3) or name == "clip_adapter"
+    if method.any_classes:
+        assert predict(images, ["dog", "sea"]).shape == (48, 2)
+    elif name != "coop_csc":
+        with pytest.raises(ValueError, match="no others"):
+            predict(images, ["dog"])
+    after = model.get_base_model().state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_what_changes_the_image_tower_is_tested_on_images(model, task, monkeypatch):
+    """Scores of a part's images go through the prompted tower, also after classes were selected."""
+    monkeypatch.setitem(RECIPES["fast"], "max_steps", 3)
+    part = tasks.select_classes(task, [4, 1, 2])
+    few = tasks.draw_few_shot(part, 2, seed=1, with_images=True)
+    predict = methods.METHODS["vpt"].fit(model, few, COLOUR_OPTIONS)
+    views, labels = part.views["test"], part.parts["test"][1]
+    assert len(views) == len(labels) == 24
+    all_scores, all_labels = predict(task.views["test"], part.class_names), task.parts["test"][1]
+    kept = (all_labels == 4) | (all_labels == 1) | (all_labels == 2)
+    torch.testing.assert_close(predict(views, part.class_names), all_scores[kept], rtol=1e-4, atol=1e-4)
+    right = (predict(views, part.class_names).argmax(dim=1) == labels).float().mean().item()
+    assert protocols._test(predict, part) == pytest.approx(right)
+
+
+def test_a_method_starts_as_its_official_code(tokenizer):
+    def fields(method, objective=None, layers=12, **given):
+        config = make_config(method, objective, given, tokenizer, layers, "a photo of a")
+        names = ("n_ctx", "ctx_init", "fixed_words", "n_vision", "depth", "class_specific")
+        return {name: getattr(config, name) for name in names if getattr(config, name, None)}
+
+    assert fields("coop") == {"n_ctx": 16}
+    assert fields("coop", "kgcoop") == {"n_ctx": 4, "ctx_init": "a photo of a"}
+    assert fields("coop", "prograd") == {"n_ctx": 16, "ctx_init": "a photo of a"}
+    assert fields("cocoop") == {"n_ctx": 4, "ctx_init": "a photo of a"}
+    two = {"n_ctx": 2, "ctx_init": "a photo", "fixed_words": "of a"}
+    assert fields("maple") == two and fields("ivlp") == {**two, "n_vision": 2}
+    four = {"n_ctx": 4, "ctx_init": "a photo of a"}
+    assert fields("ivlp", "promptsrc") == {**four, "n_vision": 4, "depth": 9}
+    assert fields("ivlp", "promptsrc", layers=3)["depth"] == 3
+    assert fields("maple", "kgcoop", n_ctx=3, depth=2) == {
+        "n_ctx": 3, "ctx_init": "a photo of", "fixed_words": "a", "depth": 2,
+    }  # fmt: skip
+    assert fields("maple", ctx_init=None) == {"n_ctx": 2}
+    assert fields("ivlp", class_specific=True)["class_specific"]
+    assert fields("coop", ctx_init="a photo") == {"ctx_init": "a photo"}
+    with pytest.raises(ValueError, match="the method 'vpt' has no 'n_ctx': what it has is 'n_vision', 'depth'"):
+        fields("vpt", n_ctx=4)
+    with pytest.raises(ValueError, match="no method 'mapel'; choose from coop, "):
+        fields("mapel")

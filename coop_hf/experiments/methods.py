@@ -308,10 +308,6 @@ METHODS = {
     "prograd": learner("ProGrad", "coop", "prograd"),
     "tcp": learner("TCP", "tcp"),
     "deep_text": learner("deep text prompts", "deep_text"),
-    "vpt": learner("VPT", "vpt"),
-    "ivlp": learner("IVLP", "ivlp"),
-    "maple": learner("MaPLe", "maple"),
-    "promptsrc": learner("PromptSRC", "ivlp", "promptsrc"),
     "tip_adapter": head("Tip-Adapter", "tip_adapter"),
     "tip_adapter_f": head("Tip-Adapter-F", "tip_adapter_f"),
     "taskres": head("TaskRes", "taskres"),
@@ -320,6 +316,10 @@ METHODS = {
     "clap": head("CLAP", "clap"),
     "lp_plus_plus": head("LP++", "lp_plus_plus"),
     "gda": head("GDA", "gda"),
+    "vpt": learner("VPT", "vpt"),
+    "ivlp": learner("IVLP", "ivlp"),
+    "maple": learner("MaPLe", "maple"),
+    "promptsrc": learner("PromptSRC", "ivlp", "promptsrc"),
 }
 
 # What the commands run where nothing else is named: minutes on a CPU.
