@@ -445,6 +445,7 @@ def checkpoint_to_adapter(
         options["n_ctx"] = context.shape[-2]
     if method == "coop":
         options |= {"class_token_position": class_token_position, "class_specific": class_specific}
+        options["merge_full_stop"] = class_token_position != "end"  # at the end, the original's rule is ours
     elif method != "vpt" and method != "tcp":
         options["ctx_init"] = None
     if method == "tcp":
