@@ -88,7 +88,7 @@ def test_class_names_are_copied():
         ({"class_names": 5}, "got int"),
         ({"class_names": ["a", 5]}, "class name 1 must be a string, got int: '5'"),
         ({"class_names": [["a"]]}, "class name 0 must be a string, got list"),
-        ({"class_names": ["a", " a "]}, "same as class name 0"),
+        ({"merge_full_stop": 1}, "`merge_full_stop` must be True or False, got 1"),
         ({"class_names": ["a", "b\x1b[31m"]}, r"class_names\[1\]` must not contain control characters"),
         ({"class_names": ["a" * 10_001]}, "10,001 characters"),
         ({"template": "a photo"}, "exactly once"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import CoOpConfig, PromptConfig
 from ..core.families import Family
 from ..core.layout import encode_words
+from ..core.texts import is_clip_tokenizer, warn_about_ftfy
 from .base import Adapter, Prompts
 
 
@@ -88,4 +89,7 @@ def init_context(
 
 def _word_ids(config: CoOpConfig, tokenizer: Any) -> list[int]:
     """Tokens of `ctx_init`, with underscores read as spaces, as in the public code."""
-    return encode_words(tokenizer, [str(config.ctx_init).replace("_", " ")])[0]
+    words = str(config.ctx_init).replace("_", " ")
+    if is_clip_tokenizer(tokenizer):
+        warn_about_ftfy([words])
+    return encode_words(tokenizer, [words])[0]

@@ -365,21 +365,23 @@ class SharedPrefixPass:
     def _constant(self, key: Any, compute: Callable[[], KeysValues]) -> KeysValues:
         """`compute()`, kept until the base's weights change."""
         state = self.weights_state()
-        if key not in self._constants or self._constants[key][0] != state:
+        kept = self._constants.get(key)  # read once: another thread may drop it
+        if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # training may need it too
-                self._constants[key] = (state, compute())
-        return self._constants[key][1]
+                kept = self._constants[key] = (state, compute())
+        return kept[1]
 
     # ------------------------------------------------------------------ tokens
 
     def _part(self, classes: range, num_prefix: int, constants: bool = False) -> Tokens:
         key = (classes, num_prefix, constants)
-        if key not in self._parts or self._parts[key].tokens.device != self.family.device:
+        part = self._parts.get(key)
+        if part is None or part.tokens.device != self.family.device:
             starts = self._live_starts(num_prefix)
             with torch.inference_mode(False):
                 tokens = pack_tokens(self.layout, classes, num_prefix, starts, BLOCK_SIZE, constants)
-                self._parts[key] = tokens.to(self.family.device)
-        return self._parts[key]
+                part = self._parts[key] = tokens.to(self.family.device)
+        return part
 
     def _turned(self, classes: range) -> tuple["SharedPrefixPass", Tokens, Tensor]:
         """The pass in which all context slots are live, its tokens, and where each stands among the usual ones."""

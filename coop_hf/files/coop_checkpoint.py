@@ -446,6 +446,7 @@ def checkpoint_to_adapter(
         options["n_ctx"] = context.shape[-2]
     if method == "coop":
         options |= {"class_token_position": class_token_position, "class_specific": class_specific}
+        options["merge_full_stop"] = class_token_position != "end"  # at the end, the original's rule is ours
     if method in ("cocoop", "deep_text", "ivlp", "maple"):
         options["ctx_init"] = None  # what is learned replaces the start
     if method in ("deep_text", "ivlp", "maple", "tcp"):
