@@ -21,7 +21,6 @@ from coop_hf.core.layout import encode_words, make_layout, tokenize_texts
 from coop_hf.core.packing import first_fit
 from coop_hf.data.few_shot import resolve_labels, sample_few_shot
 from coop_hf.data.sources import as_dataset, read_coop_split, read_few_shot_indices
-from coop_hf.files.coop_checkpoint import from_coop_checkpoint
 from coop_hf.pipeline import CoOpImageClassificationPipeline
 from coop_hf.training.metrics import classification_scores, make_compute_metrics
 
@@ -79,7 +78,7 @@ def test_train_save_load_and_predict(base, processor, tmp_path, class_specific):
 def test_import(tokenizer, processor, base, tmp_path, class_specific):
     context = write_checkpoint(tmp_path / "c", tokenizer, base, names=TWICE, class_specific=class_specific)
     for names in (TWICE, None):  # given, or read off the embeddings
-        model = from_coop_checkpoint(tmp_path / "c", base, names, processor=processor)
+        model = CoOpModel.from_coop_checkpoint(tmp_path / "c", base, names, processor=processor)
         assert model.class_names == TWICE and torch.equal(model.context.detach(), context)
 
 
@@ -317,7 +316,9 @@ def test_imported_checkpoints_score_as_in_the_original(
         hidden = embeddings + tower.embeddings.position_embedding.weight[:length]
         hidden = tower.final_layer_norm(tower.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state)
         expected = base.text_projection(hidden[torch.arange(len(names)), eos])
-        model = from_coop_checkpoint(tmp_path / "c", base, names, position, processor=processor, text_pass=text_pass)
+        model = CoOpModel.from_coop_checkpoint(
+            tmp_path / "c", base, names, position, processor=processor, text_pass=text_pass
+        )
         assert torch.allclose(model.get_text_features(), expected, atol=1e-5)
         model.save_pretrained(tmp_path / "adapter")
         loaded = CoOpModel.from_pretrained(tmp_path / "adapter", base_model=base, processor=processor)

@@ -55,11 +55,9 @@ class ImageClassifier(nn.Module):
         self._family = type(family)  # runs on any module with the same image tower
         own = type(adapter).cosines if adapter is not None else Adapter.cosines
         self.head: Any = None
-        if (
-            adapter is not None and own is not Adapter.cosines
-        ):  # without what computes class embeddings, which would bring the base along
-            texts = {id(texts): None for texts in (adapter.class_prompts, adapter.template_prompts)}
-            self.head = copy.deepcopy(adapter, texts)
+        if adapter is not None and own is not Adapter.cosines:
+            # without what computes class embeddings, which would bring the base along
+            self.head = copy.deepcopy(adapter, {id(adapter.class_prompts): None})
         self.is_sigmoid = family.is_sigmoid
 
     def forward(self, pixel_values: torch.Tensor, **image_inputs: torch.Tensor) -> torch.Tensor:

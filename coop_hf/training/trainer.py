@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..data.feature_cache import EmbeddedImages, embed_images
+from ..data.few_shot import check_labels
 from ..data.labelled_images import LabelledImages, collate
 from ..files.model_card import write_card
 from ..files.publish import push_to_hub
@@ -154,6 +155,9 @@ class CoOpTrainer(Trainer):
                     f"{type(dataset).__name__} holds image embeddings, and the adapter {model.active_adapter!r} "
                     "changes the image tower that makes them: pass the images themselves."
                 )
+            if hasattr(dataset, "labels") and model.class_names is not None:  # here, not in each step on the device
+                labels = np.asarray(dataset.labels)
+                check_labels(labels[labels != -100], len(model.class_names), "An image")
             return dataset
         images = LabelledImages(
             dataset, model.image_processor, class_names=model.class_names, augment=augment, **self._image_options
