@@ -2,7 +2,9 @@
 #   make train   sets up, and learns a prompt on the embedded default
 #   make test    sets up, and runs the tests (two processes of one thread: their models are tiny, and threads would wait)
 PYTHON ?= python3
-PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Which versions: constraints.txt, the newest that have been seen; constraints-oldest.txt, the oldest that are supported.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: train test test-slow lint format
 
@@ -18,18 +20,19 @@ test-slow: .venv-test/ready
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
 
 format: .venv-test/ready
 	.venv-test/bin/ruff check --fix .
 	.venv-test/bin/ruff format .
 
-.venv/ready: setup.cfg pyproject.toml constraints.txt
+.venv/ready: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP_INSTALL) torch
 	.venv/bin/python $(PIP_INSTALL) --editable .
 	touch $@
 
-.venv-test/ready: setup.cfg pyproject.toml constraints.txt
+.venv-test/ready: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/python $(PIP_INSTALL) torch
 	.venv-test/bin/python $(PIP_INSTALL) --editable ".[test]"

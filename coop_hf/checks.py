@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,12 +70,14 @@ def check_text(name: str, value: Any, hint: str = "", optional: bool = True) -> 
 def check_class_names(class_names: Iterable[str]) -> list[str]:
     """Returns the class names as a list of strings.
 
+    A name may stand there more than once, as "missile" and "sunglasses" do in CLIP's list for ImageNet: classes are
+    told apart by their index. Where they become prompts, a warning says which have the same one.
+
     Args:
-        class_names (`Sequence[str]`):
-            At least one name; all different once surrounding space is removed and underscores are read as spaces.
+        class_names (`Sequence[str]`): at least one name.
 
     Raises:
-        ValueError: no names, an empty name, a duplicate, or something that is not a string; says which.
+        ValueError: no names, an empty name, or something that is not a string; says which.
     """
     if isinstance(class_names, (str, bytes)):
         raise ValueError(f"`class_names` must be a list of strings, got the single string {class_names[:80]!r}.")
@@ -93,22 +96,13 @@ def check_class_names(class_names: Iterable[str]) -> list[str]:
     global _last_checked
     if names == _last_checked:
         return names
-    seen: dict[str, int] = {}
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"class name {index} must be a string, got {type(name).__name__}: {str(name)[:80]!r}.")
-        key = clean_class_name(name)
-        if not key:
+        if not clean_class_name(name):
             raise ValueError(f"class name {index} is empty ({shown(name)}): give every class a readable name.")
         if len(name) > MAX_TEXT_LENGTH or _CONTROL.search(name) or _HALF.search(name):
             check_text(f"class_names[{index}]", name, "Use the plain name of the class.", optional=False)
-        if key in seen:
-            raise ValueError(
-                f"class name {index} ({shown(name)}) is the same as class name {seen[key]} "
-                f"({shown(names[seen[key]])}): two "
-                "classes with one prompt cannot be told apart. Merge them or give them different names."
-            )
-        seen[key] = index
     _last_checked = list(names)
     return names
 
@@ -116,3 +110,18 @@ def check_class_names(class_names: Iterable[str]) -> list[str]:
 def clean_class_name(name: str) -> str:
     """The class name as it is put into a prompt: underscores become spaces, runs of white space one space."""
     return " ".join(name.replace("_", " ").split())
+
+
+def unique_names(class_names: Sequence[str]) -> list[str]:
+    """Names that are all different, as keys of a table need them: those of several classes get their class index."""
+    counts = Counter(class_names)
+    taken = {name for name, count in counts.items() if count == 1}
+    names = []
+    for index, name in enumerate(class_names):
+        if counts[name] > 1:
+            name = f"{name} (class {index})"
+            while name in taken:
+                name += "'"
+            taken.add(name)
+        names.append(name)
+    return names

@@ -43,7 +43,7 @@ MAX_CONTEXT_TOKENS = 4096
 CONFIGS: dict[str, type["PromptConfig"]] = {}  # method -> its configuration
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """The values of one `adapter_config.json`, not yet looked at.
 
     Raises:
@@ -97,6 +97,8 @@ class PromptConfig:
     coop_hf_version: str = field(default=__version__)
 
     method: ClassVar[str] = ""
+    # Read by the pipelines of transformers 5.4.
+    _commit_hash: ClassVar[str | None] = None
     # Read by transformers.Trainer: what `evaluate` and `predict` don't collect.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["text_embeds", "image_embeds"]
 
@@ -137,7 +139,7 @@ class PromptConfig:
         """The configuration as plain Python values, with its `"method"` unless it is CoOp's."""
         return {**dataclasses.asdict(self), **({} if self.method == "coop" else {"method": self.method})}
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes `adapter_config.json` (sorted keys, indent 2) into `save_directory`, which is made if missing."""
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, ADAPTER_CONFIG_NAME), "w", encoding="utf-8") as file:
@@ -184,7 +186,7 @@ class PromptConfig:
         return kind(**{key: value for key, value in values.items() if key in known})
 
     @classmethod
-    def from_json_file(cls: type[_Config], path: str | os.PathLike) -> _Config:
+    def from_json_file(cls: type[_Config], path: str | os.PathLike[str]) -> _Config:
         """Reads one `adapter_config.json`.
 
         Raises:
@@ -194,7 +196,7 @@ class PromptConfig:
 
     @classmethod
     def from_pretrained(
-        cls: type[_Config], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls: type[_Config], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> _Config:
         """Reads the configuration of an adapter from a local folder, the cache or the Hub.
 
@@ -224,6 +226,10 @@ class CoOpConfig(PromptConfig, method="coop"):
             Words that the context starts from, for example `"a photo of a"`, counted in BPE tokens. With fewer
             tokens than `n_ctx` they take the last slots and the slots before them start from noise. `None`
             draws every vector from N(0, 0.02²).
+        merge_full_stop (`bool`, *optional*, defaults to `False`):
+            In the middle and in front, whether a token that covers the end of the name and the full stop, such as
+            ")." in "kite (bird).", counts to the name, as in the public code. `False`: name and full stop are encoded
+            apart. Imported checkpoints set it; in files it stands only where it is true.
         class_names, template, base_model_name_or_path, revision, format_version, coop_hf_version: by name only, see
             `PromptConfig`.
 
@@ -235,6 +241,7 @@ class CoOpConfig(PromptConfig, method="coop"):
     class_token_position: str = "end"
     class_specific: bool = False
     ctx_init: str | None = None
+    merge_full_stop: bool = False
 
     def __post_init__(self) -> None:
         if self.n_ctx is None and self.ctx_init is None:
@@ -249,7 +256,15 @@ class CoOpConfig(PromptConfig, method="coop"):
                 f"`class_token_position` must be one of {', '.join(map(repr, CLASS_TOKEN_POSITIONS))}, "
                 f"got {shown(self.class_token_position)}."
             )
-        if not isinstance(self.class_specific, bool):
-            raise ValueError(f"`class_specific` must be True or False, got {shown(self.class_specific)}.")
+        for name in ("class_specific", "merge_full_stop"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {shown(getattr(self, name))}.")
         check_text("ctx_init", self.ctx_init, 'Pass words such as "a photo of a", or None for random vectors.')
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain Python values; `merge_full_stop` only where it is true, as of before it came."""
+        values = super().to_dict()
+        if not self.merge_full_stop:
+            del values["merge_full_stop"]
+        return values

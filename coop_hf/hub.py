@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Dropped connections and time-outs are errors of the HTTP client that huggingface_hub uses, and no OSErrors. Their
 # base class is also the base of HfHubHTTPError, whichever client that is.
-_HTTPError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 _FAILURES = (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError)
 

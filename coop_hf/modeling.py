@@ -8,7 +8,7 @@ Only what the adapter holds learns; for CoOp its context vectors (https://arxiv.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .adapters.base import Adapter
-from .adapters.model import AdapterModel, Shapes
+from .adapters.model import AdapterModel, View
 from .adapters.tpt import tpt as tune
 from .checks import is_int
 from .config import ADAPTER_CONFIG_NAME, CoOpConfig, PromptConfig
@@ -29,7 +29,7 @@ from .data.labelled_images import collate
 from .data.transforms import eval_transform, is_one_image, read_image
 from .deploy.export import ImageClassifier, as_image_classifier
 from .deploy.merging import merge_and_unload
-from .files.adapter_files import check_adapter, read_adapter
+from .files.adapter_files import Shapes, check_adapter, read_adapter
 from .files.coop_checkpoint import checkpoint_to_adapter, read_coop_checkpoint
 from .files.load_base import check_is_base, load_base, load_base_of_adapter
 from .files.publish import push_to_hub
@@ -126,7 +126,6 @@ class CoOpModel(AdapterModel):
         self.text_chunk_size = text_chunk_size
         self.adapters = nn.ModuleDict()
         self._active: str = adapter_name
-        self._disabled = False
         self._add(
             adapter_name, config, class_names, {"prompt_embeddings": context} if context is not None else tensors
         )
@@ -138,6 +137,7 @@ class CoOpModel(AdapterModel):
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        _view: View | None = None,
         **image_inputs: Tensor,
     ) -> CoOpOutput:
         """Scores images against the classes.
@@ -146,7 +146,8 @@ class CoOpModel(AdapterModel):
             pixel_values (`torch.Tensor`, *optional*): `(batch, 3, height, width)`, as the image processor gives them.
             image_embeds (`torch.Tensor`, *optional*): `(batch, projection_dim)`, from `get_image_features`, normalised
                 or not; instead of `pixel_values`.
-            labels (`torch.Tensor`, *optional*): `(batch,)`, class indices; -100 is ignored.
+            labels (`torch.Tensor`, *optional*): `(batch,)`, class indices; -100 is ignored. On the CPU they are
+                checked; on another device that would stop every step to wait for it, so there data sets check them.
             image_inputs: what else the image processor gives (NaFlex: `pixel_attention_mask`, `spatial_shapes`).
 
         Returns:
@@ -155,8 +156,11 @@ class CoOpModel(AdapterModel):
         if (pixel_values is None) == (image_embeds is None):
             given = "neither" if pixel_values is None else "both"
             raise ValueError(f"pass either `pixel_values` or `image_embeds`; got {given}.")
+        view = _view or self.view()
+        if labels is not None:
+            self._check_labels(labels, view)
         if pixel_values is not None:
-            image_embeds = self.get_image_features(pixel_values, **image_inputs)
+            image_embeds = self.get_image_features(pixel_values, _view=view, **image_inputs)
         assert image_embeds is not None
         if image_embeds.dim() != 2 or image_embeds.shape[-1] != self.family.projection_dim:
             raise ValueError(
@@ -166,16 +170,39 @@ class CoOpModel(AdapterModel):
         # Cosines in fp32 whatever the towers' dtype: in fp16 a logit of 30 is only known to 1/64.
         with torch.autocast(self.device.type, enabled=False):
             image_embeds = F.normalize(image_embeds.to(self.device).float(), dim=-1)
-        text_embeds = self.get_text_features(image_embeds)
+        text_embeds, logits = self._score(image_embeds, view)
+        while not view.is_current:  # another thread put what was learned for the classes into another order
+            view.read()
+            text_embeds, logits = self._score(image_embeds, view)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+        image_embeds = image_embeds.to(text_embeds.device)
+        return CoOpOutput(loss=loss, logits=logits, text_embeds=text_embeds, image_embeds=image_embeds)
+
+    def _score(self, image_embeds: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Normalised class embeddings, and logits `(batch, num_classes)`, of normalised image embeddings."""
+        text_embeds = self._text_features(image_embeds, view)
         with torch.autocast(text_embeds.device.type, enabled=False):
             text_embeds = F.normalize(text_embeds.float(), dim=-1)
             image_embeds = image_embeds.to(text_embeds.device)
-            score = Adapter.cosines if self._disabled else type(self.adapter).cosines
-            logits = self.logit_scale.to(text_embeds.device) * score(self.adapter, image_embeds, text_embeds)
+            score = Adapter.cosines if view.is_disabled else type(view.adapter).cosines
+            logits = self.logit_scale.to(text_embeds.device) * score(view.adapter, image_embeds, text_embeds)
             if self.family.logit_bias is not None:
                 logits = logits + self.family.logit_bias.to(logits.device)
-            loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
-        return CoOpOutput(loss=loss, logits=logits, text_embeds=text_embeds, image_embeds=image_embeds)
+        return text_embeds, logits
+
+    @staticmethod
+    def _check_labels(labels: Tensor, view: View) -> None:
+        if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.is_floating_point():
+            return
+        num_classes = len(view.classes.class_names) if view.classes else 0
+        outside = ((labels < 0) & (labels != -100)) | (labels >= num_classes)
+        if num_classes and outside.any():
+            place = int(outside.flatten().nonzero()[0, 0])
+            raise ValueError(
+                f"label {int(labels.flatten()[place])} at position {place} is outside the {num_classes} classes: "
+                f"labels go from 0 to {num_classes - 1} (-100 is ignored). Correct the labels, or name all classes."
+            )
 
     def logits_to_probabilities(self, logits: Tensor) -> Tensor:
         """Scores `(..., num_classes)` of logits: their softmax, or on SigLIP their sigmoid, of each class alone."""
@@ -194,16 +221,26 @@ class CoOpModel(AdapterModel):
             `torch.Tensor` `(num_classes, projection_dim)`, projected, not normalised; for adapters that read the image
             `(batch, num_classes, projection_dim)`.
         """
-        adapter = self.adapter
-        class_prompts = self._class_prompts()
-        if self._disabled:
-            return class_prompts.kept_features(None, self.text_pass, self.text_chunk_size)
+        view = self.view()
+        features = self._text_features(image_embeds, view)
+        while not view.is_current:
+            view.read()
+            features = self._text_features(image_embeds, view)
+        return features
+
+    def _text_features(self, image_embeds: Tensor | None, view: View) -> Tensor:
+        if view.is_disabled:
+            return self._template_features(view)
+        adapter, class_prompts = view.adapter, self._class_prompts(view)
         if adapter.reads_image and image_embeds is None:
             raise ValueError(
                 f"the class embeddings of the method {adapter.method!r} depend on the image: pass `image_embeds`, or "
                 "call the model with images."
             )
-        class_embeds = self.template_embeds() if adapter.uses_template else None
+        class_embeds = None
+        if adapter.uses_template:
+            with torch.no_grad():
+                class_embeds = F.normalize(self._template_features(view).float(), dim=-1)
         prompts = adapter.prompts(image_embeds, class_embeds).text
         learns = torch.is_grad_enabled() and any(value.requires_grad for value in prompts.values())
         if learns or adapter.reads_image or torch.compiler.is_compiling():
@@ -211,11 +248,21 @@ class CoOpModel(AdapterModel):
             return class_prompts.features(prompts, self.text_pass, self.text_chunk_size, parallel)
         return class_prompts.kept_features(prompts, self.text_pass, self.text_chunk_size)
 
-    def get_image_features(self, pixel_values: Tensor, **image_inputs: Tensor) -> Tensor:
+    def _template_features(self, view: View) -> Tensor:
+        """Class embeddings of the hand-written template, not normalised."""
+        classes, adapter = self._class_prompts(view), view.adapter
+        template = classes.template_prompts
+        if template is None:
+            texts = fill_template(adapter.config.template, classes.class_names)
+            layout = tokenize_texts(self.tokenizer, texts, self.family.max_positions)
+            template = classes.template_prompts = ClassPrompts(self.family, layout)
+        return template.kept_features(None, self.text_pass, self.text_chunk_size)
+
+    def get_image_features(self, pixel_values: Tensor, _view: View | None = None, **image_inputs: Tensor) -> Tensor:
         """Image embeddings `(batch, projection_dim)`, projected, not normalised, in the base's dtype."""
-        prompts = None
-        if self.adapter.prompts_image_tower and not self._disabled:
-            prompts = self.adapter.prompts().vision
+        view, prompts = _view or self.view(), None
+        if view.adapter.prompts_image_tower and not view.is_disabled:
+            prompts = view.adapter.prompts().vision
         return self.family.image_features(pixel_values, prompts, **image_inputs)
 
     @torch.no_grad()
@@ -227,8 +274,7 @@ class CoOpModel(AdapterModel):
                 normalised mean of the normalised embeddings, as in CLIP.
         """
         if templates is None:
-            features = self._class_prompts(of_template=True).kept_features(None, self.text_pass, self.text_chunk_size)
-            return F.normalize(features.float(), dim=-1)
+            return F.normalize(self._template_features(self.view()).float(), dim=-1)
         layouts = [
             tokenize_texts(self.tokenizer, fill_template(template, self.class_names or []), self.family.max_positions)
             for template in templates
@@ -241,21 +287,13 @@ class CoOpModel(AdapterModel):
         """What cosines are multiplied by (CLIP: exp(logit_scale)), fp32."""
         return self.family.logit_scale
 
-    def _class_prompts(self, of_template: bool = False) -> ClassPrompts:
-        adapter = self.adapter
-        if adapter.config.class_names is None:
+    def _class_prompts(self, view: View) -> ClassPrompts:
+        if view.classes is None:
             raise ValueError(
                 f"the adapter {self._active!r} has no class names yet: pass `class_names=[...]` when the model "
                 "is made, or call `model.set_class_names([...])`."
             )
-        if not self._disabled and not of_template:
-            assert adapter.class_prompts is not None
-            return adapter.class_prompts
-        if adapter.template_prompts is None:
-            texts = fill_template(adapter.config.template, adapter.config.class_names)
-            layout = tokenize_texts(self.tokenizer, texts, self.family.max_positions)
-            adapter.template_prompts = ClassPrompts(self.family, layout)
-        return adapter.template_prompts
+        return view.classes
 
     # ------------------------------------------------------------------ prediction
 
@@ -285,29 +323,30 @@ class CoOpModel(AdapterModel):
             raise ValueError(f"`top_k` must be a positive whole number or None, got {top_k!r}.")
         if not is_int(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
-        self._class_prompts()
-        names = self.class_names
-        assert names is not None
+        view = self.view()  # one for all images: other classes may be set meanwhile
+        self._class_prompts(view)
         is_single = is_one_image(images)
         images = [images] if is_single else images
         if len(images) == 0:
             raise ValueError("`images` is empty: pass at least one image.")
         if tpt:
-            logits = tune(self, images, **{"batch_size": batch_size, **(tpt if isinstance(tpt, dict) else {})}).logits
+            options = {"batch_size": batch_size, **(tpt if isinstance(tpt, dict) else {})}
+            batches: Iterable[Tensor] = [tune(self, images, _view=view, **options).logits]
         else:
-            logits = torch.cat([*self._logits_of_images(images, batch_size)])
-        best = self.logits_to_probabilities(logits).topk(min(top_k or len(names), len(names)), dim=-1)
-        results = [
-            [{"label": names[c], "score": value} for c, value in zip(classes, values)]
-            for values, classes in zip(best.values.tolist(), best.indices.tolist())
-        ]
+            batches = self._logits_of_images(images, batch_size, view)
+        results = []
+        for logits in batches:
+            names = self._class_prompts(view).class_names
+            best = self.logits_to_probabilities(logits).topk(min(top_k or len(names), len(names)), dim=-1)
+            for values, classes in zip(best.values.tolist(), best.indices.tolist()):
+                results.append([{"label": names[c], "score": value} for c, value in zip(classes, values)])
         return results[0] if is_single else results
 
-    def _logits_of_images(self, images: Any, batch_size: int) -> Iterator[Tensor]:
+    def _logits_of_images(self, images: Any, batch_size: int, view: View) -> Iterator[Tensor]:
         transform = eval_transform(self.image_processor)
         for start in range(0, len(images), batch_size):
             indices = range(start, min(start + batch_size, len(images)))
-            yield self(**collate([read_image(images, index, transform) for index in indices])).logits
+            yield self(_view=view, **collate([read_image(images, index, transform) for index in indices])).logits
 
     # Functions of their own rooms, and nothing to add.
     push_to_hub = push_to_hub
@@ -366,7 +405,7 @@ class CoOpModel(AdapterModel):
             None if positions is None else positions.weight,
         )
         named = {"base_model_name_or_path": model.config.base_model_name_or_path, "revision": model.config.revision}
-        options = {"text_pass": model.text_pass, "text_chunk_size": model.text_chunk_size}
+        options: dict[str, Any] = {"text_pass": model.text_pass, "text_chunk_size": model.text_chunk_size}
         options["adapter_name"] = model.active_adapter
         return cls(
             model.base_model,
@@ -423,7 +462,7 @@ class CoOpModel(AdapterModel):
             ValueError, OSError: says what was not found, damaged or contradictory; a base that is not supported.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        download = {"token": token, "cache_dir": cache_dir}
+        download: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
         download |= {"local_files_only": local_files_only, "force_download": force_download}
         download = {key: value for key, value in download.items() if value is not None and value is not False}
         options: dict[str, Any] = {"adapter_name": adapter_name, "text_pass": text_pass}

@@ -79,10 +79,13 @@ class CoOpImageClassificationPipeline(Pipeline):
         return {key: value[None] for key, value in inputs.items()}
 
     def _forward(self, inputs):
-        return {"logits": self.model(**inputs).logits}
+        view = self.model.view()
+        logits = self.model(_view=view, **inputs).logits
+        return {"logits": logits, "classes": [view.classes] * len(logits)}  # the names that these scores belong to
 
     def postprocess(self, outputs, top_k=5):
-        names = self.model.class_names
+        classes = outputs["classes"]  # of one image, or of a batch that was taken apart
+        names = (classes[0] if isinstance(classes, list) else classes).class_names
         best = self.model.logits_to_probabilities(outputs["logits"][0]).topk(min(top_k, len(names)))
         return [{"label": names[c], "score": s} for s, c in zip(best.values.tolist(), best.indices.tolist())]
 

@@ -228,7 +228,7 @@ def test_arguments(base, tokenizer):
     assert model.config.n_ctx == 16 and model.class_names == NAMES and model.active_adapter == "default"
     assert CoOpModel(base, CoOpConfig(class_names=["cat"]), processor=tokenizer).class_names == ["cat"]
     assert CoOpModel(base, CoOpConfig(class_names=["cat"]), ["dog"], tokenizer).class_names == ["dog"]
-    with pytest.raises(TypeError, match="CLIPModel.*got CLIPTextModel"):
+    with pytest.raises(TypeError, match="CLIPModel.*got CLIPText"):
         CoOpModel(base.text_model, class_names=NAMES, processor=tokenizer)
     for processor in (None, 3, "tokenizer"):
         with pytest.raises(TypeError, match=f"needs `processor`.*got {type(processor).__name__}"):
@@ -238,7 +238,7 @@ def test_arguments(base, tokenizer):
     for size in (0, -1, 2.0, "2"):
         with pytest.raises(ValueError, match="`text_chunk_size` must be a positive whole number"):
             CoOpModel(base, class_names=NAMES, processor=tokenizer, text_chunk_size=size)
-    with pytest.raises(ValueError, match="same tokens"):
+    with pytest.warns(UserWarning, match=r"same prompt: 'cat' \(0\), 'CAT' \(1\)\."):
         CoOpModel(base, class_names=["cat", "CAT"], processor=tokenizer)
 
 
@@ -295,10 +295,8 @@ def test_new_classes_on_a_unified_context(base, tokenizer, image_embeds):
         logits = model(image_embeds=image_embeds).logits
         assert (logits - expected_logits(model, image_embeds, new)).abs().max() <= 1e-5
     for bad, message in (
-        (["cat", "cat"], "same as"),
         ([], "at least one"),
         (["cat " * 40], "by 6 tokens"),
-        (["cat", "CAT"], "same tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             model.set_class_names(bad)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..core.class_prompts import ClassPrompts
 from ..core.families import Family
-from ..core.layout import PromptLayout, fill_template, make_layout, tokenize_texts
+from ..core.layout import PromptLayout, fill_template, make_layout, tokenize_texts, warn_about_equal_prompts
 
 
 __all__ = ["ADAPTERS", "Adapter", "Prompts", "get_adapter_class"]
@@ -62,9 +62,9 @@ class Adapter(nn.Module):
     uses_template: ClassVar[bool] = False
     class_bound: ClassVar[tuple[str, ...]] = ("context",)
 
-    # Given by the model: `prompts` of the layout above, and those of the hand-written template.
+    # Given by the model, one object for one list of classes; and how often their order was changed, odd while it is.
     class_prompts: ClassPrompts | None = None
-    template_prompts: ClassPrompts | None = None
+    order_version: int = 0
 
     def __init__(self, config: PromptConfig, family: Family, tokenizer: Any):
         super().__init__()
@@ -111,10 +111,12 @@ class Adapter(nn.Module):
         """Where everything stands in the prompts of some classes; the template's where there is no context."""
         config = self.config
         if not hasattr(config, "n_ctx"):
-            return tokenize_texts(tokenizer, fill_template(config.template, class_names), max_positions)
+            layout = tokenize_texts(tokenizer, fill_template(config.template, class_names), max_positions)
+            warn_about_equal_prompts(layout, class_names)
+            return layout
         position, words = getattr(config, "class_token_position", "end"), getattr(config, "fixed_words", None)
-        ending = getattr(config, "ending", ".")
-        return make_layout(tokenizer, class_names, config.n_ctx, position, max_positions, words, ending)
+        ending, merged = getattr(config, "ending", "."), getattr(config, "merge_full_stop", False)
+        return make_layout(tokenizer, class_names, config.n_ctx, position, max_positions, words, ending, merged)
 
     # ------------------------------------------------------------------ what is learned
 
@@ -182,15 +184,14 @@ class Adapter(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         return self
 
     def forget(self) -> None:
         """Drops class embeddings computed before: casting there and back changes weights without a trace."""
-        for prompts in (self.class_prompts, self.template_prompts):
-            if prompts is not None:
-                prompts.forget()
+        if self.class_prompts is not None:
+            self.class_prompts.forget()
 
 
 def get_adapter_class(method: str) -> type[Adapter]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import CoOpConfig, PromptConfig
 from ..core.families import Family
 from ..core.layout import encode_words
+from ..core.texts import is_clip_tokenizer, warn_about_ftfy
 from .base import Adapter, Prompts
 
 
@@ -46,7 +47,7 @@ def num_context_tokens(config: CoOpConfig, tokenizer: Any) -> int:
         ValueError: `ctx_init` has more tokens than `n_ctx` asks for, or none.
     """
     if config.ctx_init is None:
-        return config.n_ctx
+        return config.n_ctx or 0  # the configuration filled it in
     count = len(_word_ids(config, tokenizer))
     if count == 0:
         raise ValueError(f"the tokenizer finds no token in ctx_init={config.ctx_init!r}: pass words, or None.")
@@ -75,7 +76,7 @@ def init_context(
         `torch.Tensor`, fp32, on the CPU: `(n_ctx, dim)`, or class-specific `(num_classes, n_ctx, dim)`.
     """
     n_ctx, dim = num_context_tokens(config, tokenizer), token_embedding.embedding_dim
-    shape = (num_classes, n_ctx, dim) if config.class_specific else (n_ctx, dim)
+    shape = (num_classes or 0, n_ctx, dim) if config.class_specific else (n_ctx, dim)
     context = torch.empty(shape, dtype=torch.float32).normal_(std=CONTEXT_STD)
     if config.ctx_init is not None:
         ids = torch.tensor(_word_ids(config, tokenizer))
@@ -88,4 +89,7 @@ def init_context(
 
 def _word_ids(config: CoOpConfig, tokenizer: Any) -> list[int]:
     """Tokens of `ctx_init`, with underscores read as spaces, as in the public code."""
-    return encode_words(tokenizer, [str(config.ctx_init).replace("_", " ")])[0]
+    words = str(config.ctx_init).replace("_", " ")
+    if is_clip_tokenizer(tokenizer):
+        warn_about_ftfy([words])
+    return encode_words(tokenizer, [words])[0]

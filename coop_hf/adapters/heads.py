@@ -328,7 +328,7 @@ class TaskResConfig(HeadConfig, method="taskres"):
 class TaskRes(Head, method="taskres"):
     """TaskRes (https://arxiv.org/abs/2211.10277): w_c = t⁰_c + α · x_c, x starts at 0; cross-entropy."""
 
-    class_rows = ("residual",)
+    class_rows: ClassVar[tuple[str, ...]] = ("residual",)
     recipe = {
         "recipe": "paper",  # the learning rate's cosine by epochs
         "optim": "adamw_torch",
@@ -338,7 +338,7 @@ class TaskRes(Head, method="taskres"):
         "num_train_epochs": 200,
     }
 
-    def __init__(self, config: TaskResConfig, family: Family, tokenizer: Any):
+    def __init__(self, config: HeadConfig, family: Family, tokenizer: Any):
         super().__init__(config, family, tokenizer)
         self.residual = nn.Parameter(torch.zeros(self.shape))
 

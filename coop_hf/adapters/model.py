@@ -2,8 +2,12 @@
 
 import logging
 import os
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +27,53 @@ __all__ = ["AdapterModel"]
 
 logger = logging.getLogger(__name__)
 
+# The models whose adapters are disabled here, once for each block of `disable_adapter` that this thread or task is in.
+_DISABLED: ContextVar[tuple[object, ...]] = ContextVar("coop_hf_disabled", default=())
+
+# Changes of adapters and classes, in any model, come one after the other. Predictions never wait for it.
+_CHANGES = threading.RLock()
+_COUNTING = threading.Lock()
+
+
+class Key:
+    """Tells a model from its copies."""
+
+
+class View:
+    """What one prediction reads of a model, read once: the adapter, its classes, and whether it is disabled.
+
+    Args:
+        adapter (`Adapter`): the active adapter.
+        is_disabled (`bool`): whether the template stands in for it.
+
+    Attributes:
+        classes (`ClassPrompts`, *optional*): its classes.
+    """
+
+    def __init__(self, adapter: Adapter, is_disabled: bool):
+        self.adapter, self.is_disabled = adapter, is_disabled
+        self.read()
+
+    def read(self) -> None:
+        """Reads the classes, once no other thread is putting what was learned for them into another order."""
+        while self.adapter.order_version % 2:
+            time.sleep(0.0001)
+        self.version = self.adapter.order_version
+        self.classes = self.adapter.class_prompts
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what was learned still stands in the order of the classes that were read."""
+        return self.version == self.adapter.order_version
+
 
 class AdapterModel(nn.Module):
     """A frozen base model with adapters; what [`CoOpModel`] is built on.
+
+    Threads: any number may predict while others call `disable_adapter`, `set_adapter`, `set_class_names`,
+    `add_adapter` or `delete_adapter`. A prediction reads adapter and classes once, at its start, and gives the answer
+    of those. `disable_adapter` counts for the thread or asyncio task that entered it. Training, `to` and the like, and
+    changes within a compiled model's call are for one thread at a time.
 
     Attributes:
         base_model (`PreTrainedModel`): the base, as it was given.
@@ -37,6 +85,7 @@ class AdapterModel(nn.Module):
     base_model: Any
     family: Family
     processor: Any
+    text_chunk_size: int | None
 
     def __init__(self, base_model: Any, family: Family, processor: Any):
         super().__init__()
@@ -45,7 +94,11 @@ class AdapterModel(nn.Module):
         self.processor = processor
         self.adapters = nn.ModuleDict()
         self._active = "default"
-        self._disabled = False
+        self._key, self._blocks = Key(), 0
+
+    def view(self) -> View:
+        """What a prediction reads of the model, at this moment."""
+        return View(self.adapter, self.is_disabled)
 
     @property
     def adapter(self) -> Adapter:
@@ -121,12 +174,15 @@ class AdapterModel(nn.Module):
         adapter.is_trainable = is_trainable
         if config.class_names is not None:
             adapter.class_prompts = self._make_prompts(adapter, config.class_names)
-        self.adapters[adapter_name] = adapter.to(self.device)
-        self._set_trainable()
+        adapter.to(self.device)
+        with _CHANGES:
+            _check_new_name(adapter_name, self.adapters)
+            self.adapters[adapter_name] = adapter
+            self._set_trainable()
 
     def load_adapter(
         self,
-        name_or_path: str | os.PathLike,
+        name_or_path: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
         class_names: list[str] | None = None,
@@ -190,23 +246,29 @@ class AdapterModel(nn.Module):
         return self.adapters[name]  # type: ignore[return-value]
 
     def _set_trainable(self) -> None:
-        for name, adapter in self.adapters.items():
+        for name in self.adapters:
+            adapter = self._known(name)
             adapter.set_trainable(name == self._active and adapter.is_trainable)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes an adapter the active one: the one that scores, and the only one that learns."""
-        self._known(adapter_name)
-        self._active = adapter_name
-        self._set_trainable()
+        """Makes an adapter the active one: the one that scores, and the only one that learns.
+
+        It is active for all threads. Predictions that are running end with the one that they began with.
+        """
+        with _CHANGES:
+            self._known(adapter_name)
+            self._active = adapter_name
+            self._set_trainable()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. If it was active, the first of the others becomes active; the last cannot be removed."""
-        self._known(adapter_name)
-        if len(self.adapters) == 1:
-            raise ValueError(f"{adapter_name!r} is the only adapter; use `get_base_model()` for CLIP without one.")
-        del self.adapters[adapter_name]
-        if self._active == adapter_name:
-            self.set_adapter(next(iter(self.adapters)))
+        with _CHANGES:
+            self._known(adapter_name)
+            if len(self.adapters) == 1:
+                raise ValueError(f"{adapter_name!r} is the only adapter; use `get_base_model()` for CLIP without one.")
+            if self._active == adapter_name:
+                self.set_adapter(next(name for name in self.adapters if name != adapter_name))
+            del self.adapters[adapter_name]
 
     @property
     def active_adapter(self) -> str:
@@ -220,17 +282,29 @@ class AdapterModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator["AdapterModel"]:
-        """Inside this context the model is the zero-shot base with the active adapter's hand-written template."""
-        before, self._disabled = self._disabled, True
+        """Inside this context the model is the zero-shot base with the active adapter's hand-written template.
+
+        It counts for the thread or asyncio task that entered it, and for tasks that this one starts inside, not for
+        other threads: they keep predicting with the adapter. Blocks may be nested and may overlap.
+        """
+        with _COUNTING:
+            self._blocks += 1
+        _DISABLED.set((*_DISABLED.get(), self._key))
         try:
             yield self
         finally:
-            self._disabled = before
+            with _COUNTING:
+                self._blocks -= 1
+            blocks = list(_DISABLED.get())
+            if self._key in blocks:
+                blocks.remove(self._key)
+            _DISABLED.set(tuple(blocks))
 
     @property
     def is_disabled(self) -> bool:
-        """Whether the model is inside `disable_adapter()`."""
-        return self._disabled
+        """Whether this thread or task is inside `disable_adapter()` of this model."""
+        # Without an open block anywhere it is enough to look at a number, which torch.compile can trace.
+        return self._blocks > 0 and self._key in _DISABLED.get()
 
     def get_base_model(self) -> Any:
         """The base model, as it was given."""
@@ -250,7 +324,7 @@ class AdapterModel(nn.Module):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         selected_adapters: list[str] | None = None,
         training: dict[str, Any] | None = None,
     ) -> None:
@@ -269,7 +343,7 @@ class AdapterModel(nn.Module):
             write_card(save_directory, self, training=training, selected_adapters=selected)
 
     def save_adapters(
-        self, save_directory: str | os.PathLike, selected_adapters: list[str] | None = None
+        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
     ) -> list[str]:
         """The files of `save_pretrained` without the model card.
 
@@ -304,7 +378,10 @@ class AdapterModel(nn.Module):
         """Gives an adapter another list of classes.
 
         A unified context takes any list at once: base to new classes, or another data set. What is learned for single
-        classes belongs to them; there the same names in another order are accepted, and the adapter follows.
+        classes belongs to them; there the same names in another order are accepted, and the adapter follows. Of a name
+        that stands there several times, the first stays the first.
+
+        The change counts for all threads. A prediction that is running ends with the classes that it began with.
 
         Args:
             class_names (`list[str]`): the classes, in the order of the labels.
@@ -315,18 +392,26 @@ class AdapterModel(nn.Module):
         """
         adapter = self._known(adapter_name or self._active)
         class_names = check_class_names(class_names)
-        order = None
-        if adapter.is_class_bound and adapter.config.class_names is not None:
-            order = _class_order(adapter.config.class_names, class_names)
-        prompts = self._make_prompts(adapter, class_names)  # checks lengths before anything is changed
-        if order is not None and order != list(range(len(order))):
-            adapter.select_classes(order)
-        adapter.config = replace(adapter.config, class_names=class_names)
-        adapter.class_prompts, adapter.template_prompts = prompts, None
+        with _CHANGES:
+            order = None
+            if adapter.is_class_bound and adapter.config.class_names is not None:
+                order = _class_order(adapter.config.class_names, class_names)
+            prompts = self._make_prompts(adapter, class_names)  # checks lengths before anything is changed
+            config = replace(adapter.config, class_names=class_names)
+            if order is None or order == list(range(len(order))):
+                adapter.config, adapter.class_prompts = config, prompts
+                return
+            adapter.order_version += 1  # odd: readers wait; those that began before read once more
+            try:
+                adapter.select_classes(order)
+                adapter.config, adapter.class_prompts = config, prompts
+            finally:
+                adapter.order_version += 1
 
     def _make_prompts(self, adapter: Adapter, class_names: list[str]) -> ClassPrompts:
         layout = adapter.layout(self.tokenizer, class_names, self.family.max_positions)
-        return ClassPrompts(self.family, layout, bool(getattr(adapter.config, "class_specific", False)))
+        specific = bool(getattr(adapter.config, "class_specific", False))
+        return ClassPrompts(self.family, layout, specific, class_names)
 
     @property
     def tokenizer(self) -> Any:
@@ -386,12 +471,15 @@ def _check_new_name(name: str, adapters: nn.ModuleDict) -> None:
 
 def _class_order(own_names: list[str], class_names: list[str]) -> list[int]:
     """Where each of `class_names` stands among the classes that something was learned for."""
-    own = {clean_class_name(name): index for index, name in enumerate(own_names)}
+    own: dict[str, list[int]] = {}
+    for index, name in enumerate(own_names):
+        own.setdefault(clean_class_name(name), []).append(index)
     new = [clean_class_name(name) for name in class_names]
-    if set(own) == set(new):
-        return [own[name] for name in new]
-    missing = [repr(name) for name in own if name not in set(new)]
-    unknown = [repr(name) for name in new if name not in own]
+    have, wanted = Counter({name: len(places) for name, places in own.items()}), Counter(new)
+    if have == wanted:
+        places = {name: iter(indices) for name, indices in own.items()}
+        return [next(places[name]) for name in new]
+    missing, unknown = ([repr(name) for name in more] for more in (have - wanted, wanted - have))
     parts = [
         f"{what} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
         for what, names in (("it has no vectors for", unknown), ("the new list lacks", missing))

@@ -79,4 +79,5 @@ class TCP(CoOp, method="tcp"):
 
     def prompts(self, image_embeds: Tensor | None = None, class_embeds: Tensor | None = None) -> Prompts:
         tokens = self.meta_net(class_embeds).unflatten(-1, tuple(self.context.shape))
+        assert self.config.layer is not None  # filled in by `complete`
         return Prompts({0: self.context, self.config.layer: tokens})

@@ -66,6 +66,7 @@ def tpt(
     seed: int = 0,
     ctx_init: str = "a photo of a",
     batch_size: int = 32,
+    _view: Any = None,
 ) -> TPTOutput:
     """Tunes a context for each image, and classifies the image with it. The model stays as it is.
 
@@ -101,7 +102,7 @@ def tpt(
         raise ValueError(f"`share` must be above 0 and at most 1, got {share!r}.")
     if (images is None) == (views is None):
         raise ValueError(f"pass either `images` or `views`; got {'neither' if views is None else 'both'}.")
-    start, prompts = _start(model, ctx_init)
+    start, prompts = _start(model, _view or model.view(), ctx_init)
     if views is None:
         images = [images] if is_one_image(images) else images
         if len(images) == 0:
@@ -120,17 +121,17 @@ def tpt(
     return TPTOutput(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TPTOutput)})
 
 
-def _start(model: Any, ctx_init: str) -> tuple[Tensor, ClassPrompts]:
+def _start(model: Any, view: Any, ctx_init: str) -> tuple[Tensor, ClassPrompts]:
     """The context to start from, `(n_ctx, text_width)`, and the prompts that it stands in."""
-    adapter = model.adapter
-    if adapter.config.class_names is None:
+    adapter = view.adapter
+    if view.classes is None:
         raise ValueError("the model has no class names yet: call `model.set_class_names([...])`.")
-    if model.is_disabled:
+    if view.is_disabled:
         ids = encode_words(model.tokenizer, [ctx_init])[0]
         if not ids:
             raise ValueError(f"the tokenizer finds no token in ctx_init={ctx_init!r}: pass words.")
         words = model.family.token_embedding(torch.tensor(ids, device=model.device)).float()
-        names = adapter.config.class_names
+        names = view.classes.class_names
         layout = make_layout(model.tokenizer, names, len(ids), max_positions=model.family.max_positions)
         return words, ClassPrompts(model.family, layout)
     if adapter.method != "coop" or adapter.is_class_bound:
@@ -139,7 +140,7 @@ def _start(model: Any, ctx_init: str) -> tuple[Tensor, ClassPrompts]:
             f"TPT tunes the unified context of a CoOp adapter, and the adapter {model.active_adapter!r} {kind}: "
             f"activate another, or call it within `model.disable_adapter()` to start from {ctx_init!r}."
         )
-    return adapter.context.detach(), adapter.class_prompts
+    return adapter.context.detach(), view.classes
 
 
 def _embed_views(model: Any, views: Tensor, batch_size: int) -> Tensor:

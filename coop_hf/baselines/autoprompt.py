@@ -141,7 +141,7 @@ class _Search:
     def __init__(
         self,
         model: Any,
-        class_names: list[str],
+        class_names: list[str] | None,
         position: str,
         num_tokens: int,
         image_embeds: torch.Tensor,
@@ -155,25 +155,27 @@ class _Search:
         self.model = CoOpModel(
             model.base_model, config, self.class_names, model.processor, text_pass=model.text_pass, context=start
         )
-        self.layout = self.model.adapter.class_prompts.layout
+        assert self.model.adapter.class_prompts is not None
+        self.prompts = self.model.adapter.class_prompts
+        self.layout = self.prompts.layout
         with align_module_device(family.token_embedding):
             self.table = family.token_embedding.weight.detach().float()
 
-    def rows(self, token_ids: list[int]) -> torch.Tensor:
+    def rows(self, token_ids: Any) -> torch.Tensor:
         return self.table[torch.as_tensor(token_ids, device=self.table.device)]
 
-    def gradient(self, token_ids: list[int], examples: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def gradient(self, token_ids: list[int], examples: Any) -> tuple[float, torch.Tensor]:
         """The loss, and its gradient `(num_tokens, dim)` with respect to the context."""
         context = self.model.context
         context.data = self.rows(token_ids).to(context.device)
-        context.grad = None
         loss = self.model(image_embeds=self.image_embeds[examples], labels=self.labels[examples]).loss
-        loss.backward()
-        return loss.item(), context.grad.detach()
+        assert loss is not None
+        (gradient,) = torch.autograd.grad(loss, context)
+        return loss.item(), gradient
 
     @torch.no_grad()
     def losses(
-        self, candidates: list[list[int]], examples: torch.Tensor, batch_size: int, objective: str = "loss"
+        self, candidates: list[list[int]], examples: Any, batch_size: int, objective: str = "loss"
     ) -> torch.Tensor:
         """What is to be minimised, exactly, for each candidate prompt, `batch_size` of them in one text pass."""
         scale, labels, images = self.model.logit_scale, self.labels[examples], self.image_embeds[examples]
@@ -190,8 +192,8 @@ class _Search:
 
     def _features(self, candidates: list[list[int]]) -> torch.Tensor:
         """Class embeddings `(candidates, num_classes, projection_dim)`."""
-        contexts, prompts = self.rows(candidates)[:, None], self.model.adapter.class_prompts
-        return prompts.features(contexts, self.model.text_pass, _CLASSES_AT_A_TIME)
+        contexts = self.rows(candidates)[:, None]
+        return self.prompts.features(contexts, self.model.text_pass, _CLASSES_AT_A_TIME)
 
     @torch.no_grad()
     def score(self, context: torch.Tensor) -> tuple[float, float]:
@@ -302,7 +304,9 @@ def autoprompt(
     current = start or allowed[torch.randint(len(allowed), (num_tokens,), generator=generator)].tolist()
     number = len(search.labels)
     full = batch_size is None or batch_size >= number
-    examples, history, order = slice(None), [], []
+    examples: Any = slice(None)
+    history: list[dict] = []
+    order: list[int] = []
     looked_at = [0] * num_tokens  # how many candidates of each slot this very prompt has been compared with
     allowed_rows = search.rows(allowed)
     for step in tqdm(range(num_steps), desc="AutoPrompt", disable=not progress):
@@ -366,7 +370,8 @@ def project_context(
     name = model.active_adapter if adapter_name is None else adapter_name
     if name not in model.adapters:
         raise ValueError(f"there is no adapter named {name!r}; this model has {', '.join(map(repr, model.adapters))}.")
-    config, context = model.adapters[name].config, model.adapters[name].context.detach()
+    adapter: Any = model.adapters[name]
+    config, context = adapter.config, adapter.context.detach()
     if config.class_specific:
         raise ValueError(
             "a class-specific context has other words for each class and makes no common prompt; see what it says "

@@ -340,7 +340,7 @@ def generate_prompts(
     if path is not None and os.path.exists(path):
         done = read_prompts(path)
     known = {class_key(name): name for name in done}
-    todo = [name for name in class_names if class_key(name) not in known]
+    todo = [name for name in dict.fromkeys(class_names) if class_key(name) not in known]
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []

@@ -151,7 +151,7 @@ class LinearProbe:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is no usable linear probe: {str(error)[:200]}.") from None
-        weight, bias = tensors.get("weight"), tensors.get("bias")
+        weight, bias = (tensors.get(name, torch.empty(())) for name in ("weight", "bias"))
         if set(tensors) != {"weight", "bias"} or weight.ndim != 2 or bias.shape != weight.shape[:1]:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ValueError(

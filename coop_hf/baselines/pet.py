@@ -68,7 +68,7 @@ def teacher_logits(model: CoOpModel, prompts: list, image_embeds: torch.Tensor) 
     logits = []
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, torch.Tensor):
-            prompt = class_embeddings(model, None, model.class_names, prompt)
+            prompt = class_embeddings(model, None, model.class_names or [], prompt)
         elif prompt.shape != expected:
             raise ValueError(
                 f"prompt {index} gives class embeddings of shape {tuple(prompt.shape)}; expected {expected}, one for "

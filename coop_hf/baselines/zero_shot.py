@@ -119,13 +119,14 @@ def mean_text_embeddings(
         raise ValueError(f"every class needs at least one text; class {empty[0] if empty else 0} has none.")
     flat = [(text, index) for index, own in enumerate(texts) for text in own]
     counts = torch.tensor([len(own) for own in texts])
-    sums = None
+    sums: torch.Tensor | None = None
     for start in range(0, len(flat), batch_size):
         batch = flat[start : start + batch_size]
         embeds = encode_texts(model, tokenizer, [text for text, _ in batch], batch_size, truncate)
         if sums is None:
             sums = embeds.new_zeros(len(texts), embeds.shape[1])
         sums.index_add_(0, torch.tensor([index for _, index in batch], device=embeds.device), embeds)
+    assert sums is not None
     return sums / counts.to(sums.device)[:, None]
 
 
@@ -189,7 +190,8 @@ def zero_shot_logits(
         given = "neither" if pixel_values is None else "both"
         raise ValueError(f"pass either `pixel_values` or `image_embeds`; got {given}.")
     if pixel_values is not None:
-        image_embeds = family.image_features(pixel_values, **image_inputs)
+        image_embeds = family.image_features(pixel_values, None, **image_inputs)
+    assert image_embeds is not None
     if image_embeds.shape[-1] != class_embeds.shape[-1]:
         raise ValueError(
             f"the image features have {image_embeds.shape[-1]} dimensions and the class embeddings "

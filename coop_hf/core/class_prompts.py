@@ -19,13 +19,29 @@ TEXT_PASSES = ("auto", "shared", "plain")
 class ClassPrompts:
     """Where the prompts of some classes stand, and how they become class embeddings.
 
+    One object holds all that a prediction needs to know of its classes, so that other classes are a swap of one object
+    and no prediction sees a part of them.
+
     Args:
         family (`Family`): the base model.
         layout (`PromptLayout`): the prompts.
         class_specific (`bool`, *optional*, defaults to `False`): whether each class has its own context.
+        class_names (`list[str]`, *optional*): the classes.
+
+    Attributes:
+        template_prompts (`ClassPrompts`, *optional*): the same classes in the hand-written template, once they were
+            asked for.
     """
 
-    def __init__(self, family: Family, layout: PromptLayout, class_specific: bool = False):
+    def __init__(
+        self,
+        family: Family,
+        layout: PromptLayout,
+        class_specific: bool = False,
+        class_names: list[str] | None = None,
+    ):
+        self.class_names = class_names or []
+        self.template_prompts: ClassPrompts | None = None
         self.family = family
         self.layout = layout
         self.shared_pass = SharedPrefixPass(family, layout, class_specific) if family.has_shared_pass else None
@@ -53,8 +69,9 @@ class ClassPrompts:
         """`features` without gradient, computed again only when the prompts or the base's weights have changed."""
         by_layer = prompts if isinstance(prompts, dict) else {} if prompts is None else {0: prompts}
         state = (text_pass, self.family.text_state(), tuple((k, v.device, v.shape) for k, v in by_layer.items()))
-        if self._kept is not None:
-            kept_state, kept_prompts, features = self._kept
+        kept = self._kept  # read once: another thread may drop it
+        if kept is not None:
+            kept_state, kept_prompts, features = kept
             # Values are compared, not version counters: writing to `context.data` leaves no trace in those.
             if kept_state == state and all(torch.equal(kept_prompts[k], v) for k, v in by_layer.items()):
                 return features.clone()  # the caller may write to it
@@ -66,6 +83,8 @@ class ClassPrompts:
     def forget(self) -> None:
         """Drops what was computed from the base's weights."""
         self._kept = None
+        if self.template_prompts is not None:
+            self.template_prompts.forget()
         if self.shared_pass is not None:
             self.shared_pass.forget()
 

@@ -117,7 +117,7 @@ class Family:
         names = [{c.__name__ for c in type(layer).__mro__} for layer in self.text_layers]
         return self.is_causal and bool(self.layer_class) and all(self.layer_class in own for own in names)
 
-    def text_state(self) -> tuple:
+    def text_state(self) -> tuple[Any, ...]:
         """Changes whenever the text tower's weights are written to, moved or cast, or autocast is switched."""
         device = self.device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -171,8 +171,8 @@ class Family:
         """`image_features` of inputs that are where the tower is."""
         pixel_values = pixel_values.to(self.vision_dtype)
         if not prompts:
-            tower, project = self.base_model.vision_model, getattr(self.base_model, "visual_projection", None)
-            pooled = tower(pixel_values=pixel_values, **image_inputs).pooler_output
+            pooled = self.pooled_image(pixel_values, **image_inputs)
+            project = getattr(self.base_model, "visual_projection", None)
             return pooled if project is None else project(pooled)
         hidden = self.embed_image(pixel_values, **image_inputs)
         rows = [value.to(hidden.dtype).expand(len(hidden), -1, -1) for _, value in sorted(prompts.items())]
@@ -184,6 +184,10 @@ class Family:
                 hidden = torch.cat([hidden[:, : -by_layer[index].shape[1]], by_layer[index]], dim=1)
             hidden = _hidden(layer(hidden, mask))
         return self.pool_image(hidden, **image_inputs)
+
+    def pooled_image(self, pixel_values: Tensor, **image_inputs: Tensor) -> Tensor:
+        """What the image tower gives for images without prompts, before the projection."""
+        return self.base_model.vision_model(pixel_values=pixel_values, **image_inputs).pooler_output
 
     def embed_image(self, pixel_values: Tensor, **image_inputs: Tensor) -> Tensor:
         """Patch, class and position embeddings `(batch, tokens, vision_width)`."""
@@ -264,6 +268,11 @@ class Siglip(Family, model_type="siglip", model_class="SiglipModel"):
 
 class Siglip2NaFlex(Siglip, model_type="siglip2", model_class="Siglip2Model"):
     """SigLIP 2 for images of any aspect ratio (NaFlex), https://arxiv.org/abs/2502.14786."""
+
+    def pooled_image(self, pixel_values: Tensor, **image_inputs: Tensor) -> Tensor:
+        # By place: the mask's name differs between versions of transformers.
+        mask, shapes = image_inputs["pixel_attention_mask"], image_inputs["spatial_shapes"]
+        return self.base_model.vision_model(pixel_values, mask, shapes).pooler_output
 
     def embed_image(self, pixel_values: Tensor, **image_inputs: Tensor) -> Tensor:
         return self.base_model.vision_model.embeddings(pixel_values, image_inputs["spatial_shapes"])

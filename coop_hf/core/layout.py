@@ -7,6 +7,7 @@ A prompt is a row of pieces. Which token stands before which is all that this fi
     front    [SOS] [CLASS] [V]1 ... [V]M [.] [EOS]
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_class_names, clean_class_name
+from .texts import is_clip_tokenizer, read_as_clip, warn_about_ftfy
 
 
 __all__ = ["PromptLayout", "encode_after", "encode_words", "fill_template", "make_layout", "special_token_ids"]
-__all__ += ["tokenize_texts"]
+__all__ += ["tokenize_texts", "warn_about_equal_prompts"]
 
 # Marks a context slot in `PromptLayout.tokens`: slot k of the context is -1 - k. Token ids are never negative.
 _SLOT = -1
@@ -94,7 +96,7 @@ def split_context(class_token_position: str, n_ctx: int) -> int:
 
 
 def encode_words(tokenizer: Any, texts: list[str], before: str = "") -> list[list[int]]:
-    """Token ids of each text, without SOS and EOS.
+    """Token ids of each text, without SOS and EOS; CLIP's tokenizer gets it as the public code reads it.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the base model's tokenizer.
@@ -104,7 +106,9 @@ def encode_words(tokenizer: Any, texts: list[str], before: str = "") -> list[lis
     Raises:
         ValueError: a text contains one of the tokenizer's special tokens.
     """
-    encoded = tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+    whole = [before + text for text in texts]
+    whole = read_as_clip(whole) if is_clip_tokenizer(tokenizer) else whole
+    encoded = tokenizer(whole, add_special_tokens=False)["input_ids"]
     # A word that the vocabulary lacks is not a special token that somebody wrote.
     special = set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
     special.add(getattr(tokenizer, "eos_token_id", None))
@@ -163,12 +167,15 @@ def make_layout(
     max_positions: int = 77,
     fixed_words: str | None = None,
     ending: str = ".",
+    merge_full_stop: bool = False,
 ) -> PromptLayout:
     """Lays out the prompts of a list of classes.
 
     At the end, the class name and the full stop are encoded as one piece of text, as in a sentence that a person
     writes: BPE may merge the last character of the name with the full stop (")" and "." in "kite (bird)."). In the
-    middle and in front they are apart, so each is encoded alone.
+    middle and in front they are apart, so each is encoded alone, unless `merge_full_stop` says otherwise.
+
+    Classes with the same tokens, as those of one name, get the same prompt, and a warning.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the base model's tokenizer.
@@ -179,10 +186,13 @@ def make_layout(
         fixed_words (`str`, *optional*): words that stand unchanged behind the context tokens before the class name, as
             "of a" does in MaPLe's code.
         ending (`str`, *optional*, defaults to `"."`): what follows the class name.
+        merge_full_stop (`bool`, *optional*, defaults to `False`): in the middle and in front, take the public code's
+            rule: name and full stop are encoded together, and as many tokens as the name alone has are its own. So a
+            token that covers both stands with the name, and no full stop behind the context.
 
     Raises:
-        ValueError: a class name that the tokenizer turns into nothing, two names with the same tokens, or a prompt
-            with more than `max_positions` tokens; names the classes, and says by how many tokens they are too long.
+        ValueError: a class name that the tokenizer turns into nothing, or a prompt with more than `max_positions`
+            tokens; names the classes, and says by how many tokens they are too long.
     """
     class_names = check_class_names(class_names)
     before, behind = frame(tokenizer)
@@ -190,6 +200,8 @@ def make_layout(
     first = split_context(class_token_position, n_ctx)
     words = encode_after(tokenizer, [fixed_words])[0] if fixed_words else []
     cleaned = [clean_class_name(name) for name in class_names]
+    if is_clip_tokenizer(tokenizer):
+        warn_about_ftfy(cleaned)
     encode_name = encode_after if first else encode_words
     period = encode_after(tokenizer, [ending], space="")[0]
     sentences = encode_name(tokenizer, [name + ending for name in cleaned])
@@ -202,7 +214,10 @@ def make_layout(
             ends_apart = period and sentence[-len(period) :] == period
             name_lengths.append(len(sentence) - len(period) if ends_apart else len(sentence))
         else:
-            body = [*slots[:first], *words, *name_ids, *slots[first:], *period]
+            own, rest = name_ids, period
+            if merge_full_stop:
+                own, rest = sentence[: len(name_ids)], sentence[len(name_ids) :]
+            body = [*slots[:first], *words, *own, *slots[first:], *rest]
             name_lengths.append(len(name_ids))
         rows.append([*before, *body, *behind])
         if len(rows[-1]) > max_positions:
@@ -216,15 +231,26 @@ def make_layout(
             f"with n_ctx={n_ctx} the prompts of these classes are longer than the text tower's {max_positions} "
             f"positions: {shown}{more}. Please {advice}."
         )
-    seen: dict[tuple[int, ...], str] = {}
-    for name, row in zip(class_names, rows):
-        other = seen.setdefault(tuple(row), name)
-        if other is not name:
-            raise ValueError(
-                f"the class names {other!r} and {name!r} have the same tokens (the tokenizer ignores case, or knows "
-                "no difference), so they cannot be told apart. Merge them or give them different names."
-            )
-    return PromptLayout(rows, name_lengths, n_ctx, class_token_position, behind[-1], **_padding(tokenizer))
+    layout = PromptLayout(rows, name_lengths, n_ctx, class_token_position, behind[-1], **_padding(tokenizer))
+    warn_about_equal_prompts(layout, class_names)
+    return layout
+
+
+def warn_about_equal_prompts(layout: PromptLayout, class_names: list[str]) -> None:
+    """Warns of classes that have the same tokens: a name that stands there twice, or differs in case alone."""
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(layout.tokens):
+        seen.setdefault(tuple(row), []).append(index)
+    equal = [classes for classes in seen.values() if len(classes) > 1]
+    if equal:
+        pairs = [", ".join(f"{class_names[c]!r} ({c})" for c in classes[:4]) for classes in equal[:5]]
+        more = f"; and {len(equal) - 5} more" if len(equal) > 5 else ""
+        warnings.warn(
+            f"these classes have the same prompt: {'; '.join(pairs)}{more}. Their tokens are the same, so a context "
+            "for all classes gives them the same scores. Labels and accuracy go by index, as in the public code; give "
+            "them different names to tell them apart.",
+            stacklevel=3,
+        )
 
 
 def fill_template(template: str, class_names: list[str]) -> list[str]:
@@ -247,9 +273,12 @@ def tokenize_texts(tokenizer: Any, texts: list[str], max_positions: int = 77, tr
         ValueError: a text with more than `max_positions` tokens; names it.
     """
     before, behind = frame(tokenizer)
+    texts = list(texts)
+    if is_clip_tokenizer(tokenizer):
+        warn_about_ftfy(texts)
     room = max_positions - len(before) - len(behind)
     rows = []
-    for text, ids in zip(texts, encode_words(tokenizer, list(texts))):
+    for text, ids in zip(texts, encode_words(tokenizer, texts)):
         if len(ids) > room and not truncate:
             raise ValueError(
                 f"the text {text!r} has {len(ids) + max_positions - room} tokens with SOS and EOS, and the text tower "

@@ -1,6 +1,7 @@
 """The tokens of many prompts side by side: what the shared-prefix pass sends through the layers."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,42 +45,63 @@ class Tokens:
 
     def to(self, device: torch.device) -> "Tokens":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Tokens(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in values.items()})
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return Tokens(**moved)
 
 
 def first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Puts items of these lengths into bins of `capacity`, longest first, each into the first bin with room."""
+    """Puts items of these lengths into bins of `capacity`, longest first, each into the first bin with room.
+
+    All items of one length go through the bins once, so the time grows with the items, not with their square.
+    """
+    by_length: dict[int, list[int]] = {}
+    for item, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(item)
+    shortest = min(by_length, default=0)
     bins: list[list[int]] = []
     room: list[int] = []
-    first_open = 0
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for b in range(first_open, len(bins)):
-            if room[b] >= lengths[item]:
+    has_room: list[int] = []
+    for length in sorted(by_length, reverse=True):
+        items = by_length[length]
+        placed = 0
+        for b in has_room:
+            while room[b] >= length and placed < len(items):
+                bins[b].append(items[placed])
+                room[b] -= length
+                placed += 1
+            if placed == len(items):
                 break
-        else:
-            b = len(bins)
-            bins.append([])
-            room.append(capacity)
-        bins[b].append(item)
-        room[b] -= lengths[item]
-        while first_open < len(bins) and room[first_open] == 0:
-            first_open += 1
+        while placed < len(items):
+            count = max(1, capacity // length) if length else len(items)
+            bins.append(items[placed : placed + count])
+            room.append(capacity - length * len(bins[-1]))
+            has_room.append(len(bins) - 1)
+            placed += count
+        has_room = [b for b in has_room if room[b] >= max(shortest, 1)]
     return bins
+
+
+def _offsets(sizes: Tensor) -> Tensor:
+    """For groups of these sizes, one after the other, the place of each element in its group."""
+    return torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
 
 
 def _side_by_side(
     rows: dict[int, list[int]], starts: dict[int, int], bins: list[list[int]], pad_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token rows of the classes in each bin, one after the other: tokens, positions and classes, each (B, N)."""
-    width = max(sum(len(rows[c]) for c in members) for members in bins)
+    order = [c for members in bins for c in members]
+    lengths = torch.tensor([len(rows[c]) for c in order])
+    filled = torch.tensor([sum(len(rows[c]) for c in members) for members in bins])  # tokens of each bin
+    width = int(filled.max())
     tokens = torch.full((len(bins), width), pad_id)
     positions = torch.zeros(len(bins), width, dtype=torch.long)
     class_index = torch.full((len(bins), width), -1)
-    for b, members in enumerate(bins):
-        flat = [(token, starts[c] + i, c) for c in members for i, token in enumerate(rows[c])]
-        if flat:
-            columns = torch.tensor(flat).T
-            tokens[b, : len(flat)], positions[b, : len(flat)], class_index[b, : len(flat)] = columns
+    places = torch.arange(len(bins)).repeat_interleave(filled), _offsets(filled)
+    tokens[places] = torch.tensor([token for c in order for token in rows[c]], dtype=torch.long)
+    first = torch.tensor([starts[c] for c in order])
+    positions[places] = first.repeat_interleave(lengths) + _offsets(lengths)
+    class_index[places] = torch.tensor(order).repeat_interleave(lengths)
     return tokens, positions, class_index
 
 
@@ -135,13 +157,16 @@ def pack_tokens(
     flat = torch.cat([prefix, tokens.flatten()])
     flat_classes = torch.cat([torch.full((in_front,), -1), class_index.flatten()])
     places = (flat < 0).nonzero()[:, 0]
-    num_slots = max(map(len, bins))
+    members = torch.tensor([len(own) for own in bins])
+    num_slots = int(members.max())
+    order = [c for own in bins for c in own]
+    block, slot = torch.arange(blocks).repeat_interleave(members), _offsets(members)
+    live_lengths = torch.zeros(blocks, num_slots, dtype=torch.long)
+    live_lengths[block, slot] = torch.tensor([len(live[c]) for c in order])
     eos = torch.zeros(blocks, num_slots, dtype=torch.long)
+    eos[block, slot] = (live_lengths.cumsum(1) - 1)[block, slot]
     class_slots = torch.zeros(len(classes), dtype=torch.long)
-    for b, members in enumerate(bins):
-        ends = torch.tensor([len(live[c]) for c in members]).cumsum(0) - 1
-        eos[b, : len(members)] = ends
-        class_slots[torch.tensor(members) - classes.start] = b * num_slots + torch.arange(len(members))
+    class_slots[torch.tensor(order) - classes.start] = block * num_slots + slot
     rows = torch.arange(blocks)[:, None]
     return Tokens(
         tokens=flat,

@@ -103,7 +103,8 @@ def _mlp(layer: Any, hidden: Tensor) -> Tensor:
     if not isinstance(mlp.activation_fn, QuickGELUActivation) or torch.compiler.is_compiling():
         return mlp(hidden)
     inner = mlp.fc1(hidden)
-    return mlp.fc2(_QuickGELU.apply(inner.flatten(0, -2)).view_as(inner))
+    activated = _QuickGELU.apply(inner.flatten(0, -2))  # type: ignore[no-untyped-call]
+    return mlp.fc2(activated.view_as(inner))
 
 
 def _put(hidden: Tensor, part: Tokens, prompts: Tensor) -> Tensor:
@@ -137,8 +138,8 @@ class SharedPrefixPass:
         self.class_specific = class_specific
         self.num_prefix = self._common_prefix(class_specific)
         self.live_starts = self._live_starts(self.num_prefix)
-        self._parts: dict = {}
-        self._constants: dict = {}
+        self._parts: dict[Any, Any] = {}
+        self._constants: dict[Any, Any] = {}
         self._specific: SharedPrefixPass | None = None
 
     @property
@@ -296,7 +297,8 @@ class SharedPrefixPass:
             key, value = (self._with_left(x, y, left, index, i, part) for i, (x, y) in enumerate(zip(pair, own)))
             attended = _attend(layer, live, key, value, mask).unflatten(0, (images, -1)).flatten(1, 2)
             if num_prefix and not is_last:
-                prefix = _attend(layer, *(x[:, :num_prefix] for x in (query, *pair)), None)
+                heads, keys, values = (x[:, :num_prefix] for x in (query, *pair))
+                prefix = _attend(layer, heads, keys, values, None)
                 attended = torch.cat([prefix, attended], dim=1)
             hidden = hidden + layer.self_attn.out_proj(attended)
             hidden = hidden + _mlp(layer, layer.layer_norm2(hidden))
@@ -356,28 +358,30 @@ class SharedPrefixPass:
         if self._specific is not None:
             self._specific.forget()
 
-    def weights_state(self) -> tuple:
+    def weights_state(self) -> tuple[Any, ...]:
         """See [`Family.text_state`]."""
         return self.family.text_state()
 
     def _constant(self, key: Any, compute: Callable[[], KeysValues]) -> KeysValues:
         """`compute()`, kept until the base's weights change."""
         state = self.weights_state()
-        if key not in self._constants or self._constants[key][0] != state:
+        kept = self._constants.get(key)  # read once: another thread may drop it
+        if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # training may need it too
-                self._constants[key] = (state, compute())
-        return self._constants[key][1]
+                kept = self._constants[key] = (state, compute())
+        return kept[1]
 
     # ------------------------------------------------------------------ tokens
 
     def _part(self, classes: range, num_prefix: int, constants: bool = False) -> Tokens:
         key = (classes, num_prefix, constants)
-        if key not in self._parts or self._parts[key].tokens.device != self.family.device:
+        part = self._parts.get(key)
+        if part is None or part.tokens.device != self.family.device:
             starts = self._live_starts(num_prefix)
             with torch.inference_mode(False):
                 tokens = pack_tokens(self.layout, classes, num_prefix, starts, BLOCK_SIZE, constants)
-                self._parts[key] = tokens.to(self.family.device)
-        return self._parts[key]
+                part = self._parts[key] = tokens.to(self.family.device)
+        return part
 
     def _turned(self, classes: range) -> tuple["SharedPrefixPass", Tokens, Tensor]:
         """The pass in which all context slots are live, its tokens, and where each stands among the usual ones."""
@@ -445,4 +449,4 @@ def class_parallel_features(
     sizes = [stop - start for start, stop in zip(bounds, bounds[1:])]
     rank = dist.get_rank()
     own = shared_pass(prompts, chunk_size, range(bounds[rank], bounds[rank + 1]))
-    return _Gather.apply(own, sizes)
+    return _Gather.apply(own, sizes)  # type: ignore[no-untyped-call]

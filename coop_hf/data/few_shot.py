@@ -3,6 +3,7 @@
 import operator
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import datasets
@@ -104,14 +105,16 @@ def resolve_labels(
         class_names (`list[str]`, *optional*):
             Names of the classes in the order of their indices. If all names of a `ClassLabel` are among them, labels
             follow the names; otherwise they replace its names, one for each. They are required for integers, and give
-            the order and the valid values for strings, which are otherwise sorted.
+            the order and the valid values for strings, which are otherwise sorted. A name may stand there twice, as
+            in CLIP's list for ImageNet: then labels must be integers, or a `ClassLabel` with a name for each class.
+            (`ClassLabel` itself refuses repeated names; "missile" and "missile_" are two to it and one prompt.)
 
     Returns:
         `tuple(list[str], np.ndarray)`: the class names, and the class index of each row, `(num_rows,)` int64.
 
     Raises:
         ValueError: if the column is missing or of another type, a row has no label, a label is outside the class list,
-            or `class_names` is missing for integers, of the wrong length, or has repeated or empty names.
+            or `class_names` is missing for integers, of the wrong length, or has empty names or a label's name twice.
     """
     values, feature = _read_labels(dataset, label_column)
     given = None if class_names is None else check_class_names(class_names)
@@ -124,14 +127,23 @@ def resolve_labels(
             order = [index_of[clean_class_name(name)] for name in feature.names]
             values = [order[value] if 0 <= value < len(order) else value for value in values]
         elif given is not None and len(given) != feature.num_classes:
+            twice = ", some of them twice" if len(index_of) < len(names) else ""
             raise ValueError(
-                f"`class_names` has {len(given)} names, but the column '{label_column}' has {feature.num_classes} "
-                f"classes ({some(feature.names)}), which are not among them: pass one name for each class, in this "
-                "order."
+                f"`class_names` has {len(given)} names{twice}, but the column '{label_column}' has "
+                f"{feature.num_classes} classes ({some(feature.names)}), which are not among them: pass one name for "
+                "each class, in this order."
             )
-    elif "string" in str(feature.dtype):
+    elif "string" in str(getattr(feature, "dtype", "")):
         names = given or check_class_names(sorted(set(values)))
         index_of = {name: index for index, name in enumerate(names)}
+        counts = Counter(names)
+        repeated = sorted(name for name in set(values) if counts[name] > 1)
+        if repeated:
+            classes = [index for index, name in enumerate(names) if name == repeated[0]]
+            raise ValueError(
+                f"The label {repeated[0]!r} in the column '{label_column}' is the name of the classes "
+                f"{some(classes)}: it does not say which one is meant. Use class indices as labels (integers)."
+            )
         for row, value in enumerate(values):
             if value not in index_of:
                 raise ValueError(

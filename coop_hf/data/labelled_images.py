@@ -114,7 +114,7 @@ class LabelledImages(torch.utils.data.Dataset):
         self._plain = eval_transform(image_processor, original)
         self._augmented = train_transform(image_processor) if transform is None else transform
         if getattr(self._augmented, "func", None) is train_pixels:
-            self._augmentation = f"train_transform {sorted(self._augmented.keywords.items())}"
+            self._augmentation = f"train_transform {sorted(self._augmented.keywords.items())}"  # type: ignore[attr-defined]
         else:
             self._augmentation = uuid.uuid4().hex  # what an unknown function gives is not kept for other runs
 

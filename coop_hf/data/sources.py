@@ -6,7 +6,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,20 @@ SPLIT_NAMES = {
     "eval": "test",
     "evaluation": "test",
 }
+
+
+def apart(names: Iterable[str]) -> list[str]:
+    """Names that a `ClassLabel` takes: one that is there already gets underscores behind, which prompts leave out."""
+    taken = set(names := list(names))
+    seen: set[str] = set()
+    result = []
+    for name in names:
+        other = name
+        while other in seen or (other != name and other in taken):
+            other += "_"
+        seen.add(other)
+        result.append(other)
+    return result
 
 
 # Files of the CoOp benchmark
@@ -74,7 +88,8 @@ def read_coop_split(
 
     Returns:
         `datasets.DatasetDict` or, with `part`, `datasets.Dataset`: columns `image` (`datasets.Image`) and `label`
-        (`ClassLabel`, names in the order of the labels), rows in the order of the file.
+        (`ClassLabel`, names in the order of the labels), rows in the order of the file. Where several labels have one
+        name, which `ClassLabel` refuses, the later ones end in underscores, "missile_", which prompts leave out.
 
     Raises:
         FileNotFoundError: if the file, the folder or images are missing.
@@ -92,7 +107,7 @@ def read_coop_split(
             f"There is no folder '{root}': pass as `image_root` the folder that paths in the split file start from."
         )
 
-    name_of, label_of = {}, {}
+    name_of: dict[int, str] = {}
     for key, entries in content.items():
         for position, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             types = [type(item) for item in entry] if isinstance(entry, list) else None
@@ -103,11 +118,6 @@ def read_coop_split(
                 raise ValueError(
                     f"'{path}': label {label} stands for '{name_of[label]}', but in entry {position} of '{key}' for "
                     f"'{name}'. A label needs one class name: correct the file."
-                )
-            if label_of.setdefault(name, label) != label:
-                raise ValueError(
-                    f"'{path}': class name '{name}' has the label {label_of[name]}, but {label} in entry {position} "
-                    f"of '{key}'. A class name needs one label: correct the file."
                 )
     gaps = sorted(set(range(len(name_of))) - set(name_of))
     if gaps or not name_of:
@@ -126,7 +136,7 @@ def read_coop_split(
     features = datasets.Features(
         {
             "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=[name_of[label] for label in range(len(name_of))]),
+            "label": datasets.ClassLabel(names=apart([name_of[label] for label in range(len(name_of))])),
         }
     )
     result, missing = datasets.DatasetDict(), []
@@ -188,7 +198,9 @@ def read_few_shot_indices(path: str | os.PathLike, dataset: dict[str, datasets.D
         name = SPLIT_NAMES[key]
         try:
             indices, data = entry["indices"], entry["data"]
-            expected = [(item["classname"], item["label"], re.split(r"[/\\]", item["impath"])[-1]) for item in data]
+            expected = [
+                (item["classname"].rstrip("_"), item["label"], re.split(r"[/\\]", item["impath"])[-1]) for item in data
+            ]
             well_formed = all(type(index) is int for index in indices) and len(indices) == len(data)
         except (TypeError, KeyError, AttributeError):
             well_formed = False
@@ -206,7 +218,7 @@ def read_few_shot_indices(path: str | os.PathLike, dataset: dict[str, datasets.D
         names = part.features["label"].names
         rows = part.cast_column("image", datasets.Image(decode=False))[:]
         for index, label, image, wanted in zip(indices, rows["label"], rows["image"], expected):
-            found = (names[label], label, os.path.basename(image["path"] or ""))
+            found = (names[label].rstrip("_"), label, os.path.basename(image["path"] or ""))
             if found != wanted:
                 raise ValueError(
                     f"'{path}' expects {wanted} (class name, label, file) at index {index} of '{name}', where the "
@@ -231,7 +243,7 @@ def _split_folders(folder: Path, subfolders: list[Path]) -> dict[str, Path]:
     """`{split: subfolder}` where all subfolders are named as splits, else one split, the folder itself."""
     if not subfolders or any(path.name.lower() not in SPLIT_NAMES for path in subfolders):
         return {"train": folder}
-    splits = {}
+    splits: dict[str, Path] = {}
     for path in subfolders:
         split = SPLIT_NAMES[path.name.lower()]
         if split in splits:
@@ -282,16 +294,17 @@ def _load_class_folders(folder: Path, leaf_folders: bool = False) -> datasets.Da
                 f"'{loose[0]}' lies in no class folder ({len(loose)} such images in '{root}'): put the images of "
                 "each class into a folder with its name."
             )
-    found, names = {}, set()
+    found: dict[str, list[tuple[str, str]]] = {}
+    seen: set[str] = set()
     folders = {split: _class_folders(root, leaf_folders) for split, root in splits.items()}
     name_of = _leaf_names({folder.relative_to(splits[key]).parts for key, own in folders.items() for folder in own})
     for split, root in splits.items():
         found[split] = []
         for class_folder in folders[split]:
             name = name_of[class_folder.relative_to(root).parts]
-            names.add(name)
+            seen.add(name)
             found[split] += [(str(p), name) for p in _visible(class_folder, _is_image)]
-    names = sorted(names)
+    names = sorted(seen)
     empty = sorted(set(names) - {name for rows in found.values() for _, name in rows})
     if empty or not names:
         raise ValueError(
@@ -311,7 +324,7 @@ def _load_class_folders(folder: Path, leaf_folders: bool = False) -> datasets.Da
 
 def _parquet_splits(files: list[Path], root: Path) -> dict[str, list[str]]:
     """`{split: [file]}`, by the first word of a file's name or by its folder's; all "train" where none is a split."""
-    splits = {}
+    splits: dict[Any, list[str]] = {}
     for file in files:
         word = re.split(r"[-._]", file.name.lower())[0]
         folder = file.parent.name.lower() if file.parent != root else ""
@@ -438,6 +451,6 @@ def as_dataset(data: Any, image_column: str = "image", label_column: str = "labe
     feature = (getattr(data, "features", None) or {}).get(label_column)
     if feature is None:
         kind = datasets.Value("string" if isinstance(labels[0], str) else "int64")
-        feature = datasets.ClassLabel(names=list(names)) if names and not isinstance(labels[0], str) else kind
+        feature = datasets.ClassLabel(names=apart(names)) if names and not isinstance(labels[0], str) else kind
     features = datasets.Features({image_column: datasets.Image(), label_column: feature})
     return datasets.Dataset.from_dict({image_column: images, label_column: labels}, features=features)

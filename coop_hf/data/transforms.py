@@ -183,7 +183,7 @@ def _original_pixels(
     return _scaled(np.asarray(image.crop((left, top, left + size[1], top + size[0]))), **scaling)
 
 
-def eval_transform(image_processor: Any, original: bool = False) -> Callable[[PIL.Image.Image], Pixels]:
+def eval_transform(image_processor: Any, original: bool = False) -> functools.partial:
     """
     The test transform: the model's own image processor, or the public CoOp code's.
 
@@ -297,8 +297,8 @@ def train_transform(
         train_pixels,
         size=None if is_flexible else _output_size(processor),
         flip=flip,
-        scale=tuple(scale),
-        ratio=tuple(ratio),
+        scale=(scale[0], scale[1]),
+        ratio=(ratio[0], ratio[1]),
         resample=int(resample or getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC),
         **({"image_processor": processor} if is_flexible else _scaling(processor)),
     )

@@ -2,12 +2,14 @@
 
 import copy
 import os
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter
+from ..core.families import Family
 
 
 __all__ = ["ImageClassifier", "as_image_classifier", "export_onnx"]
@@ -26,7 +28,17 @@ class ImageClassifier(nn.Module):
         adapter (`Adapter`, *optional*): gives visual prompts and its own way of scoring; copied.
     """
 
-    def __init__(self, family, class_embeddings, class_names, adapter=None):
+    class_embeddings: torch.Tensor
+    logit_scale: torch.Tensor
+    logit_bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        family: Family,
+        class_embeddings: torch.Tensor,
+        class_names: list[str],
+        adapter: Adapter | None = None,
+    ):
         super().__init__()
         base = family.base_model
         self.vision_model = copy.deepcopy(base.vision_model)
@@ -42,10 +54,10 @@ class ImageClassifier(nn.Module):
         )
         self._family = type(family)  # runs on any module with the same image tower
         own = type(adapter).cosines if adapter is not None else Adapter.cosines
-        self.head = None
-        if own is not Adapter.cosines:  # without what computes class embeddings, which would bring the base along
-            texts = {id(texts): None for texts in (adapter.class_prompts, adapter.template_prompts)}
-            self.head = copy.deepcopy(adapter, texts)
+        self.head: Any = None
+        if adapter is not None and own is not Adapter.cosines:
+            # without what computes class embeddings, which would bring the base along
+            self.head = copy.deepcopy(adapter, {id(adapter.class_prompts): None})
         self.is_sigmoid = family.is_sigmoid
 
     def forward(self, pixel_values: torch.Tensor, **image_inputs: torch.Tensor) -> torch.Tensor:
@@ -60,7 +72,7 @@ class ImageClassifier(nn.Module):
 
 
 @torch.no_grad()
-def as_image_classifier(model) -> ImageClassifier:
+def as_image_classifier(model: Any) -> ImageClassifier:
     """The active adapter as an image classifier with its classes fixed; within `model.disable_adapter()`, zero-shot.
 
     Args:

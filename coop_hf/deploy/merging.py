@@ -74,7 +74,7 @@ def merge_and_unload(model: Any) -> tuple[Any, Any]:
     processor = copy.deepcopy(model.processor)
     tokenizer = getattr(processor, "tokenizer", processor)
     context = model.context.detach()
-    names = None if config.class_names is None else [clean_class_name(name) for name in config.class_names]
+    names = [clean_class_name(name) for name in config.class_names or []]
     num_contexts = len(names) if config.class_specific else 1
 
     prefix = _unused_prefix(tokenizer)
@@ -99,11 +99,11 @@ def merge_and_unload(model: Any) -> tuple[Any, Any]:
         template, labels = "{}", [t.format(name) for t, name in zip(templates, names)]
     else:
         template, labels = templates[0], names
-    if names is not None:
+    if names:
         _check_tokens(tokenizer, model, template, labels, ids)
     merged.config.coop_hf = {
         "hypothesis_template": template,
-        "candidate_labels": labels,
+        "candidate_labels": labels or None,
         "class_names": config.class_names,
     }
     return merged, processor

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -139,19 +140,18 @@ def load_splits(args: DataArguments) -> dict[str, datasets.Dataset]:
             leaf_folders=args.leaf_folders,
             **({"name": args.dataset_config} if args.dataset_config else {}),
         )
-    if isinstance(found, datasets.Dataset):
-        found = {args.train_split: found}
-    splits: dict[str, datasets.Dataset] = {}
-    for name, split in found.items():
+    parts: Any = {args.train_split: found} if isinstance(found, datasets.Dataset) else found
+    splits: dict[Any, Any] = {}
+    for name, split in parts.items():
         splits.setdefault(SPLIT_NAMES.get(name, name), split)
     if args.train_split != "train" or args.eval_split is not None:
         for name in filter(None, (args.train_split, args.eval_split)):
-            if name not in found and name not in splits:
-                raise ValueError(f"there is no split {name!r} in the data set; it has {', '.join(map(repr, found))}.")
-        chosen = {"train": found.get(args.train_split, splits.get(args.train_split))}
+            if name not in parts and name not in splits:
+                raise ValueError(f"there is no split {name!r} in the data set; it has {', '.join(map(repr, parts))}.")
+        chosen: dict[Any, Any] = {"train": parts.get(args.train_split, splits.get(args.train_split))}
         if args.eval_split is not None:
-            chosen["test"] = found.get(args.eval_split, splits.get(args.eval_split))
-        used = {SPLIT_NAMES.get(name, name) for name in (args.train_split, args.eval_split)}
+            chosen["test"] = parts.get(args.eval_split, splits.get(args.eval_split))
+        used = {SPLIT_NAMES.get(name, name) for name in filter(None, (args.train_split, args.eval_split))}
         splits = {name: split for name, split in splits.items() if name not in used} | chosen
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
@@ -263,7 +263,8 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
         task = with_draws(task, {pair: _index_rows(args.few_shot_indices, splits, *pair) for pair in pairs})
     elif args.draw == "coop":
         labels = [task.parts[part][1].tolist() for part in ("train", "validation")]
-        task = with_draws(task, {pair: tuple(coop_few_shot_rows(*pair, *labels)) for pair in pairs})
+        rows = {pair: coop_few_shot_rows(*pair, *labels) for pair in pairs}
+        task = with_draws(task, {pair: (own[0], own[1]) for pair, own in rows.items()})
     if args.is_emoji:
         template, ensemble = args.template, EMOJI_TEMPLATES
         if template is None:

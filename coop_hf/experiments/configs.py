@@ -69,7 +69,7 @@ def add_field_arguments(parser: argparse.ArgumentParser) -> list[str]:
             fields[name] = field
     group = parser.add_argument_group("fields of the methods' configurations")
     for name, field in fields.items():
-        kind = next((kind for kind in get_args(field.type) if kind is not type(None)), field.type)
+        kind: Any = next((kind for kind in get_args(field.type) if kind is not type(None)), field.type)
         more: dict[str, Any] = {"type": _or_none(string_to_bool if kind is bool else kind)}
         if kind is bool:
             more |= {"nargs": "?", "const": True}

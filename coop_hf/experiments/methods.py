@@ -54,7 +54,7 @@ BATCH_SIZE = (
 )
 
 # Candidates for the embedded default; `choose_template` takes the best on validation.
-EMOJI_TEMPLATES = (
+EMOJI_TEMPLATES: tuple[str, ...] = (
     "{}.",
     "a {}.",
     "a picture of a {}.",
@@ -130,9 +130,8 @@ def _fit_ensemble(model: CoOpModel, shots: FewShot | None, options: Options) -> 
 def _fit_cupl(model: CoOpModel, shots: FewShot | None, options: Options) -> Predictor:
     if options.cupl is None:
         raise ValueError("CuPL needs a file of sentences: pass `cupl=read_prompts(path)`, or --cupl_file.")
-    return _from_texts(
-        model, lambda names: cupl_class_embeddings(model, None, names, options.cupl, too_long="truncate")
-    )
+    cupl = options.cupl
+    return _from_texts(model, lambda names: cupl_class_embeddings(model, None, names, cupl, too_long="truncate"))
 
 
 def _fit_probe(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
@@ -184,7 +183,7 @@ def _train(
     """A model with an adapter of the method, trained on the shots by the recipe."""
     student = _make_student(model, shots, options, method, objective, **fields)
     columns: dict[str, Any] = {}
-    train: Any = EmbeddedImages(shots.image_embeds, shots.labels)
+    train: Any = EmbeddedImages(shots.image_embeds, shots.labels.tolist())
     if options.recipe != "fast" or student.adapter.prompts_image_tower:  # augmented views need the images, too
         train = shots.images
         columns = {"image_column": shots.columns[0], "label_column": shots.columns[1]}
@@ -317,7 +316,7 @@ def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
     learned = _train(model, shots, options, n_ctx=16)
     if len(shots.unlabelled_embeds) == 0:
         return _predict_with(learned)
-    teachers = [list(options.ensemble)]
+    teachers: list[Any] = [list(options.ensemble)]
     if options.cupl is not None:
         teachers.append(cupl_class_embeddings(model, None, shots.class_names, options.cupl, too_long="truncate"))
     with torch.no_grad():
@@ -361,7 +360,7 @@ METHODS = {
 USUAL_METHODS = ("zero_shot", "ensemble", "cupl", "linear_probe", "autoprompt", "pet", "coop", "coop_m4", "coop_csc")
 
 # One change at a time; `words` stands for the hand-written template up to the class name.
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "m4": {"n_ctx": 4},
     "m8": {"n_ctx": 8},
     "m16": {"n_ctx": 16},
@@ -382,7 +381,8 @@ def ablation_methods(template: str, names: Sequence[str] | None = None) -> dict[
     """
     methods = {}
     for name in names or ABLATIONS:
-        config = dict(look_up(ABLATIONS, name, "ablation"))
+        found: dict[str, Any] = look_up(ABLATIONS, name, "ablation")
+        config = dict(found)
         if "ctx_init" in config:
             config["ctx_init"] = template.split("{}")[0].strip()
             if not config["ctx_init"]:

@@ -23,7 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 _DPI = 150
 
 
-def _new_figure(width: float, height: float) -> tuple[Any, Any]:
+def _new_figure(width: float, height: float) -> Any:
     """A figure without pyplot: no global state, no window, any thread."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,7 +92,8 @@ def plot_few_shot_curves(
     stars = zero_shot if isinstance(zero_shot, dict) else {} if zero_shot is None else {"zero-shot CLIP": zero_shot}
     if not results and not stars:
         raise ValueError("there is nothing to plot: `results` is empty.")
-    rows, curves = [], {}
+    rows: list[list[Any]] = []
+    curves: dict[str, np.ndarray] = {}
     for name, accuracy in stars.items():
         rows.append([name, 0, _fraction(accuracy, name), 0.0, 1])
     for method, by_shots in results.items():
@@ -109,14 +110,15 @@ def plot_few_shot_curves(
     many = len(curves) + len(stars) > 4  # their legend has no room between the curves
     figure = _new_figure(7.8 if many else 5.6, 4.2)
     axes = figure.add_subplot()
-    for index, (method, points) in enumerate(curves.items()):
+    for index, (method, curve) in enumerate(curves.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        shots, mean, std = points[:, 0], 100 * points[:, 1], 100 * points[:, 2]
-        axes.plot(shots, mean, color=colour, marker=marker, markersize=5, linewidth=1.8, label=method, zorder=3)
+        shot_counts, mean = curve[:, 0], 100 * curve[:, 1]
+        spreads = 100 * curve[:, 2]
+        axes.plot(shot_counts, mean, color=colour, marker=marker, markersize=5, linewidth=1.8, label=method, zorder=3)
         if spread == "band":
-            axes.fill_between(shots, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(shot_counts, mean - spreads, mean + spreads, color=colour, alpha=0.15, linewidth=0)
         elif spread == "bars":
-            axes.errorbar(shots, mean, std, color=colour, linestyle="none", capsize=3, linewidth=1.2)
+            axes.errorbar(shot_counts, mean, spreads, color=colour, linestyle="none", capsize=3, linewidth=1.2)
     for index, (name, accuracy) in enumerate(stars.items()):
         colour = ("#000000", "#777777", "#AA7700", "#6A3D9A")[index % 4]
         axes.plot([0], [100 * accuracy], "*", color=colour, markersize=13, label=name, clip_on=False, zorder=4)
@@ -202,20 +204,19 @@ def plot_confusion_matrix(
         paths of the PNG and of the CSV file: counts, one row for each true class, one column for each predicted one.
     """
     path = _check_path(path)
-    predictions, references = np.asarray(predictions), np.asarray(references)
+    guesses, truths = np.asarray(predictions), np.asarray(references)
     number = len(class_names)
-    if predictions.shape != references.shape or predictions.ndim != 1 or len(predictions) == 0:
+    if guesses.shape != truths.shape or guesses.ndim != 1 or len(guesses) == 0:
         raise ValueError(
-            f"expected as many predictions as references, at least one, got {predictions.shape} and "
-            f"{references.shape}."
+            f"expected as many predictions as references, at least one, got {guesses.shape} and {truths.shape}."
         )
-    for what, values in (("predictions", predictions), ("references", references)):
+    for what, values in (("predictions", guesses), ("references", truths)):
         if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= number:
             raise ValueError(
                 f"`{what}` must be class indices from 0 to {number - 1}, got {values.min()} to {values.max()}."
             )
     counts = np.zeros((number, number), dtype=np.int64)
-    np.add.at(counts, (references, predictions), 1)
+    np.add.at(counts, (truths, guesses), 1)
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
 

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import datasets
 import numpy as np
@@ -72,10 +73,10 @@ def _base_fingerprint(model: CoOpModel) -> str:
 def _settings(protocol: str, model: CoOpModel, tasks: list[Task], options: Options) -> dict:
     """What a result depends on, beside the cell."""
     base = model.get_base_model()
-    options = asdict(options)
-    if options["cupl"] is not None:
-        text = json.dumps(options["cupl"], sort_keys=True)
-        options["cupl"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    values = asdict(options)
+    if values["cupl"] is not None:
+        text = json.dumps(values["cupl"], sort_keys=True)
+        values["cupl"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return {
         "protocol": protocol,
         "coop_hf": __version__,
@@ -83,7 +84,7 @@ def _settings(protocol: str, model: CoOpModel, tasks: list[Task], options: Optio
         "base_fingerprint": _base_fingerprint(model),
         "data": {task.name: task.fingerprint for task in tasks},
         "class_names": {task.name: list(task.class_names) for task in tasks},
-        "options": {**options, "ensemble": list(options["ensemble"])},
+        "options": {**values, "ensemble": list(values["ensemble"])},
     }
 
 
@@ -116,7 +117,7 @@ def run_cells(
     """
     path = os.fspath(path)
     settings = json.loads(json.dumps(settings))
-    results = {"settings": settings, "environment": None, "draws": {}, "cells": []}
+    results: dict[str, Any] = {"settings": settings, "environment": None, "draws": {}, "cells": []}
     if os.path.exists(path) and not overwrite:
         try:
             with open(path, encoding="utf-8") as file:
@@ -214,7 +215,7 @@ def choose_template(model: CoOpModel, task: Task, templates: Sequence[str]) -> t
         template: _test(METHODS["zero_shot"].fit(model, None, Options(template, (template,))), task, "validation")
         for template in templates
     }
-    return max(scores, key=scores.get), scores
+    return max(scores, key=scores.__getitem__), scores
 
 
 # ---------------------------------------------------------------------- protocols

@@ -1,6 +1,7 @@
 """Tables of results."""
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def scores_by_method(results: dict, methods: dict[str, Method], column: str) -> 
     Returns:
         `dict[str, dict[key, list[float]]]`.
     """
-    table = {method.title: {} for method in methods.values()}
+    table: dict[str, dict[Any, list[float]]] = {method.title: {} for method in methods.values()}
     for entry in results["cells"]:
         by_column = table[methods[entry["cell"]["method"]].title]
         for name, value in entry["scores"].items():

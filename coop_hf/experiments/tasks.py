@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -100,7 +101,10 @@ def make_task(
     """
     if "test" not in splits:
         raise ValueError(f"{name} has no part to test on: expected a split 'test', got {', '.join(splits)}.")
-    parts, views, digest, images, names = {}, {}, hashlib.blake2b(digest_size=8), None, class_names
+    parts, digest = {}, hashlib.blake2b(digest_size=8)
+    views: dict[str, torch.utils.data.Dataset] = {}
+    images: Any = None
+    names: Any = class_names
     for part in ("train", "validation", "test"):
         if part not in splits:
             continue
@@ -167,8 +171,15 @@ def select_classes(task: Task, classes: list[int], name: str | None = None) -> T
                 for part, own in zip(("train", "validation"), drawn, strict=True)
             )
     names = [task.class_names[c] for c in classes]
-    new = {"class_names": names, "parts": parts, "images": images, "rows": rows, "draws": draws, "views": views}
-    return replace(task, name=name or task.name, **new)
+    kept_parts: dict[str, Any] = {
+        "class_names": names,
+        "parts": parts,
+        "images": images,
+        "rows": rows,
+        "draws": draws,
+        "views": views,
+    }
+    return replace(task, name=name or task.name, **kept_parts)
 
 
 def with_draws(task: Task, draws: dict[tuple[int, int], tuple[list[int], list[int] | None]]) -> Task:
@@ -235,8 +246,10 @@ def draw_few_shot(task: Task, shots: int, seed: int, noise: float = 0.0, with_im
     drawn = _draw(labels, number, shots, seed) if drawn is None else drawn
     val = _draw(val_labels, number, min(shots, 4), seed, allow_fewer=True) if val is None else val
     rest = np.setdiff1d(np.arange(len(labels)), drawn)
-    own, images = corrupt_labels(labels[drawn], noise, number, seed), None
+    own = corrupt_labels(labels[drawn], noise, number, seed)
+    images: Any = None
     if with_images:
+        assert task.images is not None
         images = task.images.select(drawn)
         column = task.columns[1]
         images = images.remove_columns(column).add_column(column, own.tolist())

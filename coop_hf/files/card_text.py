@@ -183,12 +183,13 @@ def _summary(name: str, adapters: dict) -> str:
 
 
 def _prompt(config: CoOpConfig) -> str:
-    slots = [f"[V]{k + 1}" for k in range(config.n_ctx)]
+    number = config.n_ctx or 0
+    slots = [f"[V]{k + 1}" for k in range(number)]
 
     def some(part: list[str]) -> list[str]:
         return part if len(part) < 4 else [part[0], "…", part[-1]]
 
-    first = split_context(config.class_token_position, config.n_ctx)
+    first = split_context(config.class_token_position, number)
     return " ".join([*some(slots[:first]), "[CLASS]", *some(slots[first:]), "."])
 
 
@@ -206,7 +207,7 @@ def _learned(model: Any, key: str, adapter: Any, heading: str) -> str:
         where = {"end": "at the end", "middle": "in the middle", "front": "in front"}[config.class_token_position]
         rows += [
             ["Prompt", f"{code(_prompt(config))}, the class name {where}"],
-            ["Context", f"{_plural(config.n_ctx, 'vector')}; {kind}"],
+            ["Context", f"{_plural(config.n_ctx or 0, 'vector')}; {kind}"],
             ["Started from", start],
         ]
     shared = CoOpConfig if isinstance(config, CoOpConfig) else PromptConfig
@@ -244,9 +245,9 @@ def _nearest_words(model: Any, key: str, config: CoOpConfig) -> str:
         for slot, nearest in enumerate(context):
             label = f"{code(name)} {slot + 1}" if name else f"{slot + 1}"
             rows.append([label, ", ".join(f"{code(entry['token'])} ({entry['distance']:.2f})" for entry in nearest)])
-    more = ""
-    if config.class_specific and len(config.class_names) > MAX_CONTEXTS_SHOWN:
-        more = f"\n\nThe first {MAX_CONTEXTS_SHOWN} of {len(config.class_names):,} classes are shown."
+    more, number = "", len(config.class_names or [])
+    if config.class_specific and number > MAX_CONTEXTS_SHOWN:
+        more = f"\n\nThe first {MAX_CONTEXTS_SHOWN} of {number:,} classes are shown."
     return (
         "The words of the vocabulary nearest to each vector, with their distance. Learned vectors seldom spell "
         f"anything that people would write.\n\n{_table(['Vector', 'Nearest tokens'], rows)}{more}"

@@ -320,7 +320,8 @@ def _check_context(context: Tensor, method: str, problem: str) -> None:
 
 
 def _load_weights_only(path: str, problem: str) -> Any:
-    allowed = [(_Nothing, name) for name in _STANDS_IN_FOR] + [(_empty_dict, name) for name in _STANDS_IN_FOR_DICT]
+    allowed: list[Any] = [(_Nothing, name) for name in _STANDS_IN_FOR]
+    allowed += [(_empty_dict, name) for name in _STANDS_IN_FOR_DICT]
     check_not_sparse(path, problem)
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -445,6 +446,7 @@ def checkpoint_to_adapter(
         options["n_ctx"] = context.shape[-2]
     if method == "coop":
         options |= {"class_token_position": class_token_position, "class_specific": class_specific}
+        options["merge_full_stop"] = class_token_position != "end"  # at the end, the original's rule is ours
     if method in ("cocoop", "deep_text", "ivlp", "maple"):
         options["ctx_init"] = None  # what is learned replaces the start
     if method in ("deep_text", "ivlp", "maple", "tcp"):

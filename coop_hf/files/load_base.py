@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoProcessor, AutoTokenizer
 
 from ..config import ADAPTER_CONFIG_NAME, PromptConfig
-from ..core.families import FAMILIES, get_family, supported_models
+from ..core.families import FAMILIES, Family, get_family, supported_models
 from ..hub import find_file, has_file, hub_errors, is_hub_id
 from .adapter_files import base_of
 
@@ -82,7 +82,7 @@ def _fetch_weights(name: str, source: dict[str, Any]) -> None:
         has_file(name, shard, **source)
 
 
-def _family_of(name: str, config_file: str) -> type:
+def _family_of(name: str, config_file: str) -> type[Family]:
     try:
         with open(config_file, encoding="utf-8") as file:
             model_type = json.load(file).get("model_type")

@@ -219,7 +219,8 @@ def _merge(existing: str, name: str, metadata: dict, parts: dict, adapters: list
         merged["datasets"] = list(dict.fromkeys([*theirs["datasets"], *metadata.get("datasets", [])]))
     if marks:  # else what it says of results is not ours
         stale = {_entry_name(name, a) for a in adapters if not same(a)}
-        old = theirs.get("model-index") if isinstance(theirs.get("model-index"), list) else []
+        theirs_index = theirs.get("model-index")
+        old = theirs_index if isinstance(theirs_index, list) else []
         merged["model-index"] = [
             entry for entry in old if not isinstance(entry, dict) or entry.get("name") not in stale
         ]

@@ -135,7 +135,7 @@ def _push_explained(error: BaseException, repo_id: str, revision: str | None) ->
         409: "something else is being done to the repository at this moment",
         412: "somebody else committed at the same moment",
         429: "there were too many requests; wait a few minutes",
-    }.get(status)
+    }.get(status or 0)
     if hint is None and isinstance(said, RevisionNotFoundError):
         hint = f"the repository has no revision {revision!r}, or it is none that can be committed to"
     if hint is None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -14,7 +15,7 @@ from .objectives import get_objective
 __all__ = ["CoOpTrainingArguments", "PAPER_RECIPES", "PAPER_WARMUP_LR", "RECIPES", "get_recipe", "paper_epochs"]
 
 # What a recipe sets where the user has set nothing.
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "optim": "sgd",
         "optim_args": "momentum=0.9",
@@ -207,8 +208,8 @@ class CoOpTrainingArguments(TrainingArguments):
                 f"got {self.average_mean!r} and {self.average_std!r}."
             )
         # What is not set follows from the method, which only the trainer knows.
-        names = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs")
-        names += ("objective", "average_mean", "average_std")
+        names = ["optim", "optim_args", "learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"]
+        names += ["objective", "average_mean", "average_std"]
         self._taken = {name: None for name in names if getattr(self, name) is None}
         if self.optim is not None:
             self._taken.pop("optim_args", None)  # SGD's momentum is not handed to another optimizer
@@ -224,7 +225,7 @@ class CoOpTrainingArguments(TrainingArguments):
     def _take_recipe(self, method: str) -> dict:
         """Sets what the user has not, by the recipe of a method; returns the recipe."""
         own = METHOD_OBJECTIVES.get(method, "cross_entropy")
-        objective = own if "objective" in self._taken else self.objective
+        objective: Any = own if "objective" in self._taken else self.objective
         recipe = get_recipe(self.recipe, method, objective)
         values = {"adam_epsilon": 1e-8, **recipe, "objective": objective}
         for name, taken in self._taken.items():
@@ -236,10 +237,10 @@ class CoOpTrainingArguments(TrainingArguments):
 
     def get_objective(self) -> Callable:
         """The objective with its keyword arguments and the label smoothing."""
-        kwargs = dict(self.objective_kwargs or {})
+        kwargs: dict[str, Any] = dict(self.objective_kwargs or {})  # type: ignore[arg-type]
         if self.label_smoothing_factor:
             kwargs["label_smoothing"] = self.label_smoothing_factor
-        return get_objective(self.objective, **kwargs)
+        return get_objective(self.objective or "cross_entropy", **kwargs)
 
     def to_dict(self) -> dict:
         """As of `TrainingArguments`; an objective that is a function by its name."""
@@ -285,12 +286,12 @@ class CoOpTrainingArguments(TrainingArguments):
                 self.num_train_epochs = paper_epochs(self.num_shots or num_shots, num_classes)
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
-                if self.max_steps < 0:
+                if self.max_steps < 0:  # type: ignore[has-type]
                     self.max_steps = recipe["max_steps"]
 
     def describe(self, num_steps: int) -> dict:
         """What a model card says of a training: `seed`, `hyperparameters` and `hardware`."""
-        optimizer = "adam with weight decay in the gradient" if self.is_adam_l2 else self.optim.value
+        optimizer = "adam with weight decay in the gradient" if self.is_adam_l2 else OptimizerNames(self.optim).value
         values = {
             "recipe": self.recipe,
             "objective": self.to_dict()["objective"],

@@ -124,7 +124,8 @@ def save_training_state(
     state = optimizer.state_dict()
     names = _names_in_order(learned, optimizer)
     parts = {f"optimizer.{names[index]}": values for index, values in state["state"].items()} | others
-    tensors, numbers = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {}
     for part, values in parts.items():
         kept = {key: v.detach().cpu().contiguous() for key, v in values.items() if isinstance(v, torch.Tensor)}
         tensors.update({f"{part}/{key}": value for key, value in kept.items()})

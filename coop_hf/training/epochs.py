@@ -130,8 +130,8 @@ class GaussianAverage:
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from `state_dict()`."""
-        self.averages = dict(state)
-        self.total = self.averages.pop("total")
+        self.total = state["total"]
+        self.averages = {name: average for name, average in state.items() if name != "total"}
 
 
 def epoch_cosine(steps_per_epoch: int, epochs: int, warmup: float) -> Callable[[int], float]:

@@ -9,6 +9,8 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction
 
+from ..checks import unique_names
+
 
 __all__ = ["ClassificationAccuracy", "classification_scores", "make_compute_metrics"]
 
@@ -46,7 +48,8 @@ def classification_scores(
         references (`np.ndarray` or `list[int]`):
             True class indices, `(num_examples,)`.
         class_names (`list[str]`, *optional*):
-            Names of the classes; "0", "1", ... by default.
+            Names of the classes; "0", "1", ... by default. Of several classes with one name the keys hold the index,
+            as in "missile (class 657)".
         num_classes (`int`, *optional*):
             Number of classes, if there are no names. The default goes to the largest index that occurs.
 
@@ -68,8 +71,6 @@ def classification_scores(
         if num_classes not in (None, len(class_names)):
             raise ValueError(f"`num_classes` is {num_classes}, but there are {len(class_names)} `class_names`.")
         num_classes = len(class_names)
-        if len(set(class_names)) != num_classes:
-            raise ValueError("Each class name may stand once in `class_names`, because scores are given by name.")
     elif num_classes is None:
         num_classes = int(max(predictions.max(), references.max())) + 1
     for what, values in (("predictions", predictions), ("references", references)):
@@ -84,7 +85,7 @@ def classification_scores(
     predicted = np.bincount(predictions, minlength=num_classes)
     # F1 = 2 TP / (2 TP + FP + FN), where TP + FN = true and TP + FP = predicted.
     occurs = true + predicted > 0
-    names = [str(index) for index in range(num_classes)] if class_names is None else class_names
+    names = [str(index) for index in range(num_classes)] if class_names is None else unique_names(class_names)
     return {
         "accuracy": float(right.sum() / len(references)),
         "macro_f1": float((2 * right[occurs] / (true + predicted)[occurs]).mean()),

@@ -92,7 +92,7 @@ class Frozen:
             self._image_embeds = self._output.image_embeds
             if self._model.adapter.prompts_image_tower:
                 with torch.no_grad(), self._model.disable_adapter():
-                    self._image_embeds = self._model.get_image_features(**self._images)
+                    self._image_embeds = self._model.get_image_features(**(self._images or {}))
         return F.normalize(self._image_embeds.detach().to(self._output.logits.device).float(), dim=-1)
 
     @property
@@ -109,10 +109,10 @@ class Frozen:
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """Gradients of the mean over processes of `loss` by each of `parameters`; all processes call it together."""
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        gradients = torch.autograd.grad(loss * self._share, self.parameters, **options)
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        gradients = list(torch.autograd.grad(loss * self._share, self.parameters, **options))
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return list(gradients)
+            return gradients
         gradients = [gradient.clone() for gradient in gradients]  # two of them may be one tensor
         for gradient in gradients:
             dist.all_reduce(gradient)
@@ -122,7 +122,7 @@ class Frozen:
 @torch.no_grad()
 def _mean_template_embeds(model: Any, templates: Sequence[str]) -> Tensor:
     """Normalised means over templates of the class features, which are not normalised before."""
-    total = 0.0
+    total: Any = 0.0
     for template in templates:
         texts = fill_template(template, model.class_names)
         layout = tokenize_texts(model.tokenizer, texts, model.family.max_positions)
@@ -187,7 +187,7 @@ def prograd(
         return loss
     target = (frozen.logits / temperature).softmax(dim=-1)
     general = F.cross_entropy(output.logits / temperature, target, reduction="none") * temperature**2
-    surrogate = 0.0
+    surrogate: Any = 0.0
     for p, g, general_g in zip(
         frozen.parameters, frozen.gradients(loss), frozen.gradients(_mean(general, labels)), strict=True
     ):
@@ -247,8 +247,8 @@ def clap(output: Any, labels: Tensor, frozen: Frozen, label_smoothing: float = 0
 
 
 # Read by the trainer: gradients of the whole batch are needed at once; the frozen image tower is asked.
-prograd.needs_whole_batch = True
-prograd.needs_frozen_images = promptsrc.needs_frozen_images = True
+prograd.needs_whole_batch = True  # type: ignore[attr-defined]
+prograd.needs_frozen_images = promptsrc.needs_frozen_images = True  # type: ignore[attr-defined]
 
 OBJECTIVES: dict[str, Callable] = {f.__name__: f for f in (clap, cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
 

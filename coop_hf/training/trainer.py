@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..data.feature_cache import EmbeddedImages, embed_images
+from ..data.few_shot import check_labels
 from ..data.labelled_images import LabelledImages, collate
 from ..files.model_card import write_card
 from ..files.publish import push_to_hub
@@ -66,6 +67,11 @@ class CoOpTrainer(Trainer):
             adapter, an objective or a way of training that is not supported.
     """
 
+    # Of `Trainer`.
+    _train_batch_size: int
+    lr_scheduler: Any
+    push_in_progress: Any
+
     def __init__(
         self,
         model: CoOpModel | None = None,
@@ -89,7 +95,7 @@ class CoOpTrainer(Trainer):
             args._n_gpu = 1
         if args.text_chunk_size is not None:
             model.text_chunk_size = args.text_chunk_size
-        self._image_options = {
+        self._image_options: dict[str, Any] = {
             "image_column": args.image_column,
             "label_column": args.label_column,
             "seed": args.seed if args.data_seed is None else args.data_seed,
@@ -109,7 +115,7 @@ class CoOpTrainer(Trainer):
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
             train_dataset = self._as_images(train_dataset, model, augment=augment)
-            counts = _class_counts(train_dataset, model.class_names)
+            counts = _class_counts(train_dataset, model.class_names or [])
             args.complete(len(train_dataset), int(counts.max()), len(counts), *given)
             _check_objective(args, self._is_cached)
         elif args.per_device_train_batch_size is None:
@@ -143,12 +149,15 @@ class CoOpTrainer(Trainer):
     def _as_images(self, dataset: Any, model: CoOpModel, augment: bool = False) -> Any:
         """`LabelledImages` of a `datasets.Dataset`, checked; any other data set as it is."""
         if not hasattr(dataset, "column_names"):
-            images = isinstance(dataset, LabelledImages) or not model.adapter.prompts_image_tower
-            if not images and "image_embeds" in dataset[0]:
+            is_fine = isinstance(dataset, LabelledImages) or not model.adapter.prompts_image_tower
+            if not is_fine and "image_embeds" in dataset[0]:
                 raise ValueError(
                     f"{type(dataset).__name__} holds image embeddings, and the adapter {model.active_adapter!r} "
                     "changes the image tower that makes them: pass the images themselves."
                 )
+            if hasattr(dataset, "labels") and model.class_names is not None:  # here, not in each step on the device
+                labels = np.asarray(dataset.labels)
+                check_labels(labels[labels != -100], len(model.class_names), "An image")
             return dataset
         images = LabelledImages(
             dataset, model.image_processor, class_names=model.class_names, augment=augment, **self._image_options
@@ -440,7 +449,7 @@ class CoOpTrainer(Trainer):
         repo_id = (
             self.hub_model_id or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
         )
-        options = {
+        options: dict[str, Any] = {
             "private": private,
             "token": token,
             "revision": revision if revision is not None else self.args.hub_revision,
