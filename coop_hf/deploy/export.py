@@ -55,9 +55,8 @@ class ImageClassifier(nn.Module):
         self._family = type(family)  # runs on any module with the same image tower
         own = type(adapter).cosines if adapter is not None else Adapter.cosines
         self.head: Any = None
-        if (
-            adapter is not None and own is not Adapter.cosines
-        ):  # without what computes class embeddings, which would bring the base along
+        # Without what computes class embeddings, which would bring the base along.
+        if adapter is not None and own is not Adapter.cosines:
             texts = {id(texts): None for texts in (adapter.class_prompts, adapter.template_prompts)}
             self.head = copy.deepcopy(adapter, texts)
         self.is_sigmoid = family.is_sigmoid
