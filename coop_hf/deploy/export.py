@@ -56,7 +56,7 @@ class ImageClassifier(nn.Module):
         own = type(adapter).cosines if adapter is not None else Adapter.cosines
         self.head: Any = None
         if adapter is not None and own is not Adapter.cosines:
-            # without what computes class embeddings, which would bring the base along
+            # Without what computes class embeddings, which would bring the base along.
             self.head = copy.deepcopy(adapter, {id(adapter.class_prompts): None})
         self.is_sigmoid = family.is_sigmoid
 
