@@ -8,7 +8,7 @@ import pytest
 import reference_methods as ref
 import torch
 from conftest import make_image_processor, picture
-from family_kit import make_family
+from family_kit import FAMILIES, image_inputs, make_family, text_inputs
 from reference import reference_features, relative_error, sentence, slots
 from transformers import CLIPProcessor
 
@@ -467,46 +467,68 @@ FAMILY_CASES = {
 }
 
 
-def family_rows(base, tokenizer, texts):
-    length = base.config.text_config.max_position_embeddings
-    return torch.tensor(tokenizer(texts, padding="max_length", max_length=length)["input_ids"])
+def family_text(base, processor, texts, prompts=None):
+    """Class embeddings by the family's own forward, with `prompts` by layer in the first two places behind SOS."""
+    inputs = text_inputs(base, processor, texts)
+    first = len(processor.tokenizer("")["input_ids"]) - 1  # SigLIP's have no SOS
+    text = getattr(base.text_model, "roberta", base.text_model)
+    embedding = getattr(text.embeddings, "token_embedding", None) or text.embeddings.word_embeddings
+    layers = getattr(text.encoder, "layers", None) or text.encoder.layer
+
+    def put(hidden, vectors):
+        vectors = vectors.expand(len(texts), -1, -1)
+        return torch.cat([hidden[:, :first], vectors, hidden[:, first + 2 :]], dim=1)
+
+    handles = []
+    for layer, vectors in (prompts or {}).items():
+        if layer == 0:
+            handles.append(embedding.register_forward_hook(lambda m, i, hidden, v=vectors: put(hidden, v)))
+        else:
+            handles.append(ref.before_layer(layers[layer], lambda hidden, v=vectors: put(hidden, v)))
+    with ref.hooks(*handles):
+        return base.get_text_features(**inputs).pooler_output
 
 
-def family_reference(base, tokenizer, config, pixels, tensors):
-    """`reference` with the rows that the family's tokenizer gives: SigLIP's have no SOS."""
-    placeholders = family_rows(base, tokenizer, ["x x " + name + "." for name in FAMILY_NAMES])
-    first = next(i for i in range(2) if placeholders[0, i] == placeholders[0, i + 1])
-    places = torch.arange(first, first + 2).repeat(len(FAMILY_NAMES), 1)
-    assert (placeholders[:, first] == placeholders[0, first]).all()
-    template = family_rows(base, tokenizer, [config.template.format(name) for name in FAMILY_NAMES])
+def family_reference(base, processor, config, pixels, tensors):
+    """`reference` by the family's own forward."""
+    template = [config.template.format(name) for name in FAMILY_NAMES]
+    placeholders = [f"x x {name}." for name in FAMILY_NAMES]
     if config.method == "vpt":
-        return ref.text_pass(base, template), ref.vision_pass(base, pixels, dict(enumerate(tensors["visual"])))
-    prompts = {k: v for k, v in enumerate([tensors["context"], *tensors.get("deep_text", [])])}
+        visual = dict(enumerate(tensors["visual"]))
+        return family_text(base, processor, template), ref.vision_pass(base, pixels, visual)
+    prompts = dict(enumerate([tensors["context"], *tensors.get("deep_text", [])]))
     visual = dict(enumerate(tensors.get("visual", [])))
-    image = ref.vision_pass(base, pixels, visual)
     if config.method == "maple":
         visual = {k: prompts[k] @ weight.t() + bias for k, (weight, bias) in enumerate(couplings(tensors))}
-        image = ref.vision_pass(base, pixels, visual)
+    image = ref.vision_pass(base, pixels, visual)
     if config.method == "tcp":
-        embeds = ref.normalised(ref.text_pass(base, template)).detach()
+        embeds = ref.normalised(family_text(base, processor, template)).detach()
         prompts[config.layer] = ref.tcp_tokens(embeds, meta_net(tensors), 2)
     if config.method == "cocoop":
         shifts = ref.cocoop_shift(ref.normalised(image), meta_net(tensors))
-        text = [ref.text_pass(base, placeholders, {0: prompts[0] + shift}, places) for shift in shifts]
+        text = [family_text(base, processor, placeholders, {0: prompts[0] + shift}) for shift in shifts]
         return torch.stack(text), image
-    return ref.text_pass(base, placeholders, prompts, places), image
+    return family_text(base, processor, placeholders, prompts), image
+
+
+def scores(base, text, image):
+    cosines = (ref.normalised(image).unsqueeze(-2) * ref.normalised(text)).sum(-1)
+    scale = 1 / base.temperature if hasattr(base, "temperature") else base.logit_scale.exp()
+    return scale * cosines + getattr(base, "logit_bias", 0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["siglip", "metaclip2"])
-def test_other_families(family, pixels, method):
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("clip", "siglip2_naflex")])
+def test_other_families(family, method):
+    if family == "align" and method in VISUAL:
+        pytest.skip("its image tower has no layers to prompt, see test_an_image_tower_without_layers")
     base, processor = make_family(family)
     before = {k: v.clone() for k, v in base.state_dict().items()}
+    size = 32 if family == "align" else 16
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     model = make(base, processor, FAMILY_CASES[method], FAMILY_NAMES)
     tensors = learned_copies(model)
-    text, image = family_reference(base, processor.tokenizer, model.config, pixels, tensors)
-    cosines = (ref.normalised(image).unsqueeze(-2) * ref.normalised(text)).sum(-1)
-    expected = base.logit_scale.exp() * cosines + getattr(base, "logit_bias", 0.0)
+    expected = scores(base, *family_reference(base, processor, model.config, pixels, tensors))
     labels = torch.tensor([0, 2, 1])
     own = model(pixel_values=pixels, labels=labels)
     assert relative_error(own.logits.detach(), expected.detach()) < 1e-5
@@ -515,6 +537,37 @@ def test_other_families(family, pixels, method):
     for (name, parameter), gradient in zip(model.adapter.named_parameters(), gradients):
         assert gradient.abs().max() > 0 and relative_error(parameter.grad, gradient) < 1e-4, name
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+
+
+def test_visual_prompts_among_patches_of_any_number():
+    """NaFlex pads the patches of an image, and nothing looks at the padding; everything looks at the prompts."""
+    base, processor = make_family("siglip2_naflex")
+    model = make(base, processor, VPTConfig(n_vision=3, depth=2), FAMILY_NAMES)
+    inputs = image_inputs(processor, [picture(0, (40, 20)), picture(1, (30, 30))])
+    mask, shapes = inputs["pixel_attention_mask"], inputs["spatial_shapes"]
+    assert not mask.all()
+    with torch.no_grad():
+        found = model.get_image_features(**inputs)
+        noise = torch.where(mask[..., None].bool(), inputs["pixel_values"], 7.0)
+        assert torch.allclose(model.get_image_features(**{**inputs, "pixel_values": noise}), found, atol=1e-5)
+        tower = base.vision_model
+        for i, expected in enumerate(found):  # each image alone, without padding and so without a mask
+            patches = int(mask[i].sum())
+            hidden = tower.embeddings(inputs["pixel_values"][i : i + 1], shapes[i : i + 1])[:, :patches]
+            hidden = torch.cat([hidden, model.adapter.visual[:1]], dim=1)
+            for index, layer in enumerate(tower.encoder.layers):
+                if index:
+                    hidden = torch.cat([hidden[:, :patches], model.adapter.visual[index : index + 1]], dim=1)
+                hidden = layer(hidden, None)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            assert relative_error(tower.head(tower.post_layernorm(hidden))[0], expected) < 1e-5
+
+
+def test_a_context_longer_than_the_tower_is_refused_before_it_is_made(deep_base, processor):
+    """A configuration may come from a stranger: TCP's network grows with its `n_ctx`."""
+    for config in (CoOpConfig, DeepTextConfig, TCPConfig):
+        with pytest.raises(ValueError, match="`n_ctx`=4096 .* 40 positions"):
+            CoOpModel(deep_base, config(n_ctx=4096, ctx_init=None), processor=processor)
 
 
 def test_coop_itself_against_its_reference(deep_base, processor, pixels):

@@ -437,6 +437,27 @@ def test_no_code_runs_from_files_of_other_methods(deep_base, tokenizer, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("case", ["maple", "tcp"])
+def test_files_of_other_methods_changed_anywhere(deep_base, tokenizer, tmp_path, case):
+    path, _ = write(case, tmp_path, deep_base, tokenizer)
+    with zipfile.ZipFile(path) as archive:
+        (pickled,) = [name for name in archive.namelist() if name.endswith(".pkl")]
+        records = {name: archive.read(name) for name in archive.namelist()}
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        changed = bytearray(records[pickled])
+        for place in random.integers(0, len(changed), 3):
+            changed[place] = random.integers(0, 256)
+        with zipfile.ZipFile(tmp_path / "c", "w") as archive:
+            for name, content in records.items():
+                archive.writestr(name, bytes(changed) if name == pickled else content)
+        try:
+            tensors = read_coop_checkpoint(tmp_path / "c")["tensors"]
+            assert all(torch.isfinite(value).all() for value in tensors.values())
+        except ValueError as error:
+            assert "not a usable checkpoint" in str(error)
+
+
 def test_the_frozen_rest_is_not_read(deep_base, tokenizer, tmp_path):
     """Whatever it holds: it is the base's."""
     path, _ = write("maple", tmp_path, deep_base, tokenizer)

@@ -34,7 +34,12 @@ class CoOp(Adapter, method="coop"):
     @classmethod
     def complete(cls, config: PromptConfig, family: Family, tokenizer: Any) -> dict[str, Any]:
         assert isinstance(config, CoOpConfig)
-        return {"n_ctx": num_context_tokens(config, tokenizer)}
+        n_ctx = num_context_tokens(config, tokenizer)
+        if n_ctx >= family.max_positions:  # before anything of that size is made; with the classes it is exact
+            raise ValueError(
+                f"`n_ctx`={n_ctx} context tokens do not fit into this text tower's {family.max_positions} positions."
+            )
+        return {"n_ctx": n_ctx}
 
     def prompts(self, image_embeds: Tensor | None = None, class_embeds: Tensor | None = None) -> Prompts:
         return Prompts({0: self.context})
