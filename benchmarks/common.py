@@ -37,6 +37,9 @@ class WordTokenizer:
     def convert_ids_to_tokens(self, index):
         return str(index)
 
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
 
 def hash_id(text: str) -> int:
     return int.from_bytes(text.encode(), "big") % 40000

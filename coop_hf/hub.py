@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from ._moved import moved_names
 
 
-__all__ = ["find_file", "has_file", "hub_errors", "is_hub_id"]
+__all__ = ["bounded_waits", "find_file", "has_file", "hub_errors", "is_hub_id", "remove_damaged"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ _FAILURES = (HfHubHTTPError, _HTTPError, EntryNotFoundError, HFValidationError)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 RETRY_WAITS = (1.0, 3.0)  # seconds before the second and the third try, where huggingface_hub tries only once
+
+REQUEST_SECONDS = 60.0  # how long a request that writes waits for a sign of life, where huggingface_hub has no limit
 
 MAX_CHECKED_BYTES = 1 << 26  # larger files are compared with their hash when they arrive, not at each reading
 
@@ -135,6 +137,36 @@ def _is_damaged(path: str) -> bool:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest() != name
+
+
+def remove_damaged(folder: str) -> list[str]:
+    """Removes the damaged files of a folder in the cache, and gives their names; see `find_file`.
+
+    For what others than `find_file` put there: transformers compares nothing with the Hub's hash.
+    """
+    damaged = []
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and os.path.getsize(path) <= MAX_CHECKED_BYTES and _is_damaged(path):
+            damaged.append(name)
+            for place in {os.path.realpath(path), path}:
+                os.remove(place)
+    return damaged
+
+
+@contextmanager
+def bounded_waits() -> Iterator[None]:
+    """Within it, a request to the Hub that sets no limit waits `REQUEST_SECONDS` for an answer, not for ever."""
+    session = get_session()
+    before = session.timeout
+    if any(limit is not None for limit in before.as_dict().values()):  # somebody has set limits
+        yield
+        return
+    session.timeout = REQUEST_SECONDS  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _server_error(error: BaseException) -> BaseException:

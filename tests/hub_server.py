@@ -11,6 +11,7 @@ repositories; and the errors with their `X-Error-Code`. Faults are asked for wit
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -143,7 +144,8 @@ class HubServer:
             pattern (`str`): regular expression searched in the path.
             status (`int`, *optional*): answer with this status, and `headers`.
             drop (`str`, *optional*): "before": hang up without an answer; "middle": hang up after half of the body;
-                "after": do what was asked, then hang up without an answer; "flip": change one bit of the body.
+                "after": do what was asked, then hang up without an answer; "flip": change one bit of the body;
+                "hang": answer nothing until the client hangs up; "short", "long": announce half or double the length.
             body (`bytes`, *optional*): with `status`, what to answer, as HTML, such as the login page of a network.
             times (`int`): how many requests fail.
             after (`int`): how many matching requests go well first.
@@ -196,6 +198,11 @@ def _handler(hub: HubServer):
             try:
                 if self._fault and self._fault.drop == "before":
                     return self._hang_up()
+                if self._fault and self._fault.drop == "hang":
+                    self.connection.settimeout(5)
+                    with contextlib.suppress(OSError):
+                        self.connection.recv(1)
+                    return self._hang_up()
                 if self._fault and self._fault.body is not None:
                     return self._send(self._fault.status, self._fault.body, {"Content-Type": "text/html"})
                 if self._fault and self._fault.status:
@@ -218,20 +225,26 @@ def _handler(hub: HubServer):
                 return self._hang_up()
             if not isinstance(data, bytes):
                 data, headers = json.dumps(data).encode(), {"Content-Type": "application/json", **(headers or {})}
+            headers = {"Content-Length": len(data), **(headers or {})}
+            if self._fault and self._fault.drop in ("short", "long"):
+                for key in {"Content-Length", "X-Linked-Size"} & set(headers):
+                    headers[key] = headers[key] // 2 if self._fault.drop == "short" else 2 * headers[key]
             self.send_response(status)
-            for key, value in (headers or {}).items():
+            for key, value in headers.items():
                 self.send_header(key, str(value))
-            if "Content-Length" not in (headers or {}):
-                self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if self.command == "HEAD":
                 return
-            if self._fault and self._fault.drop == "flip":
+            if self._fault and self._fault.drop == "flip" and data:
                 data = data[:-1] + bytes([data[-1] ^ 1])
             if self._fault and self._fault.drop == "middle":
                 self.wfile.write(data[: len(data) // 2])
                 return self._hang_up()
+            if self._fault and self._fault.drop == "short":
+                data = data[: len(data) // 2]
             self.wfile.write(data)
+            if self._fault and self._fault.drop == "long":
+                self._hang_up()
 
         def _hang_up(self):
             self.wfile.flush()

@@ -169,8 +169,10 @@ class AdapterModel(nn.Module):
             adapter = adapter_class(config, self.family, self.tokenizer)
         else:
             with torch.random.fork_rng(devices=[]):  # the start that is drawn here is not used
+                if callable(tensors):
+                    tensors = tensors(self._expected_shapes(config))
                 adapter = adapter_class(config, self.family, self.tokenizer)
-            adapter.load_learned_state(tensors(adapter.expected_shapes()) if callable(tensors) else tensors)
+            adapter.load_learned_state(tensors)
         adapter.is_trainable = is_trainable
         if config.class_names is not None:
             adapter.class_prompts = self._make_prompts(adapter, config.class_names)
@@ -179,6 +181,16 @@ class AdapterModel(nn.Module):
             _check_new_name(adapter_name, self.adapters)
             self.adapters[adapter_name] = adapter
             self._set_trainable()
+
+    def _expected_shapes(self, config: PromptConfig) -> Shapes:
+        """What a file must hold, told without memory for it: a stranger's configuration may ask for any size."""
+        adapter_class = get_adapter_class(config.method)
+        try:
+            bare = replace(config, ctx_init=None) if isinstance(config, CoOpConfig) else config
+            with torch.device("meta"):
+                return adapter_class(bare, self.family, self.tokenizer).expected_shapes()
+        except (NotImplementedError, RuntimeError):  # a method of one's own that computes with the base's weights
+            return adapter_class(config, self.family, self.tokenizer).expected_shapes()
 
     def load_adapter(
         self,

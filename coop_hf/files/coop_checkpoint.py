@@ -23,12 +23,14 @@ original writes whole objects, its scheduler with the optimizer inside, an inert
 and runs nothing; a file that asks for anything else is refused.
 """
 
+import io
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -49,7 +51,11 @@ _EPOCH = re.compile(r"model\.pth\.tar-(\d{1,9})")
 
 _MAX_PICKLE_BYTES = 1 << 24  # without the tensors, a checkpoint of the original has some kilobytes
 
+_MAX_OPERATIONS = 200_000  # of the pickle; a checkpoint of the original has hundreds, of a whole CLIP 20,000
+
 _MAX_RECORDS = 10_000
+
+_LEGACY_PICKLES = 5  # a mark, a version, facts on the system, the content, the keys of the storages
 
 _BUFFERS = ("token_prefix", "token_suffix")
 
@@ -361,11 +367,23 @@ def _check_records(path: str, is_zip: bool) -> None:
                         f"its pickle has {record.file_size:,} bytes, at most {_MAX_PICKLE_BYTES:,} are read"
                     )
             pickles = [archive.read(record) for record in records if record.filename.endswith(".pkl")]
+        for text in pickles:
+            _check_operations(io.BytesIO(text))
     else:
         with open(path, "rb") as file:
             pickles = [file.read(_MAX_PICKLE_BYTES)]
+            file.seek(0)
+            for _ in range(_LEGACY_PICKLES):
+                _check_operations(file)
     if any(b"bytearray" in text for text in pickles):
         raise pickle.UnpicklingError("Unsupported global: GLOBAL builtins.bytearray")
+
+
+def _check_operations(file: BinaryIO) -> None:
+    """Refuses a pickle of very many steps, each of which may be one byte, and moves behind it."""
+    for count, _ in enumerate(pickletools.genops(file)):
+        if count >= _MAX_OPERATIONS:
+            raise ValueError(f"its pickle has more than {_MAX_OPERATIONS:,} steps")
 
 
 def _some(keys: Any) -> str:

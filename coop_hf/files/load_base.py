@@ -9,7 +9,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from ..config import ADAPTER_CONFIG_NAME, PromptConfig
 from ..core.families import FAMILIES, Family, get_family, supported_models
-from ..hub import find_file, has_file, hub_errors, is_hub_id
+from ..hub import find_file, has_file, hub_errors, is_hub_id, remove_damaged
 from .adapter_files import base_of
 
 
@@ -58,12 +58,30 @@ def load_base(name: str, processor: Any, source: dict[str, Any], kwargs: dict[st
             f"{name!r} lacks {len(missing)} of the weights of a {family.model_class}, such as "
             f"{', '.join(missing[:5])}: it is another kind of model, or a part of one. Name a whole base model."
         )
-    if processor is None:
-        if has_file(name, "preprocessor_config.json", **source) or has_file(name, "processor_config.json", **source):
-            processor = AutoProcessor.from_pretrained(name, **source)
-        else:
-            processor = AutoTokenizer.from_pretrained(name, **source)
-    return base, processor
+    return base, _load_processor(name, source) if processor is None else processor
+
+
+def _load_processor(name: str, source: dict[str, Any]) -> Any:
+    """The processor, or the tokenizer alone; its files are compared with the Hub's hashes, and fetched once more."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    kind = AutoProcessor if any(has_file(name, file, **source) for file in names) else AutoTokenizer
+    is_local = os.path.isdir(name)
+    for _ in range(2):
+        failure, processor = None, None
+        try:
+            with hub_errors(name):
+                processor = kind.from_pretrained(name, **source)
+        except Exception as error:  # a damaged file fails in any way
+            failure = error
+        damaged = [] if is_local else remove_damaged(os.path.dirname(find_file(name, "config.json", **source)))
+        if not damaged and failure is not None:
+            raise failure
+        if not damaged:
+            return processor
+    raise OSError(
+        f"{', '.join(damaged)} of {name!r} arrived damaged twice: the hash is not the one that the Hub gives. Nothing "
+        "of it was kept. Try again, or on another network."
+    )
 
 
 def _fetch_weights(name: str, source: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..hub import _HTTPError, _server_error, _status, find_file, is_hub_id
+from ..hub import _HTTPError, _server_error, _status, bounded_waits, find_file, is_hub_id
 from .model_card import CARD_NAME, make_card
 
 
@@ -100,7 +100,8 @@ def push_to_hub(
 @contextmanager
 def _push_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     try:
-        yield
+        with bounded_waits():
+            yield
     except (HfHubHTTPError, _HTTPError, RuntimeError) as error:  # a failed LFS upload is a RuntimeError
         raise _push_explained(error, repo_id, revision) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
