@@ -73,7 +73,9 @@ def train(folder: str, recipe: str, slow: bool) -> None:
     trainer.save_model(os.path.join(folder, "final"))
 
 
-def attempt(folder: str, recipe: str, slow: bool, kill_after: float | None, processes: int, rng: random.Random) -> bool:
+def attempt(
+    folder: str, recipe: str, slow: bool, kill_after: float | None, processes: int, rng: random.Random
+) -> bool:
     """One attempt; whether it was killed, `kill_after` seconds after the start of the training itself.
 
     Raises:
