@@ -3,8 +3,8 @@
 python benchmarks/fuzz.py --adapters 10000 --checkpoints 2000
 
 Each file is loaded onto a base model that is there already. It may end in a model, in a ValueError or in an OSError,
-within 5 seconds and 1 GiB of memory beyond what the process had before (its peak, as Linux counts it); anything else is
-listed in the report, also a process that dies or hangs. Nothing in a file may run: some ask to write a file.
+within 5 seconds and 1 GiB of memory beyond what the process had before (its peak, as Linux counts it); anything else
+is listed in the report, also a process that dies or hangs. Nothing in a file may run: some ask to write a file.
 """
 
 import argparse
@@ -333,7 +333,9 @@ def write_mutated_checkpoint(rng: random.Random, model: CoOpModel, path: str, ma
     content: Any = make_checkpoint(rng, model)
     if kind == "values":
         for _ in range(rng.choice([1, 1, 2, 3])):
-            place = rng.choice([content, content["state_dict"]] if isinstance(content.get("state_dict"), dict) else [0])
+            place = rng.choice(
+                [content, content["state_dict"]] if isinstance(content.get("state_dict"), dict) else [0]
+            )
             if place == 0:
                 break
             key = rng.choice([*place, "meta_net.linear1.weight", "module.ctx", 7])
@@ -462,7 +464,13 @@ def in_processes(numbers: range, work: Callable[[int], dict], batch: int = 200) 
                 done += 1
         status = os.waitpid(pid, 0)[1]
         if done < last:
-            yield {"outcome": f"unclear: status {status}", "text": "", "seconds": 60.0, "mebibytes": 0, "made_from": ""}
+            yield {
+                "outcome": f"unclear: status {status}",
+                "text": "",
+                "seconds": 60.0,
+                "mebibytes": 0,
+                "made_from": "",
+            }
             done += 1
 
 

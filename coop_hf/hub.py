@@ -162,7 +162,7 @@ def bounded_waits() -> Iterator[None]:
     if any(limit is not None for limit in before.as_dict().values()):  # somebody has set limits
         yield
         return
-    session.timeout = REQUEST_SECONDS  # type: ignore[assignment]
+    session.timeout = REQUEST_SECONDS
     try:
         yield
     finally:

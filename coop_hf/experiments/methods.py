@@ -297,7 +297,7 @@ class _Decoded:
         return len(self.images)
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
-        images = self.images
+        images: Any = self.images
         while isinstance(images, Subset):
             images, index = images.dataset, images.indices[index]
         return images.image(index)
