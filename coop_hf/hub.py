@@ -21,6 +21,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ._moved import moved_names
+
 
 __all__ = ["find_file", "has_file", "hub_errors", "is_hub_id"]
 
@@ -237,3 +239,6 @@ def _is_missing_in_cache(name: str, filename: str, kwargs: dict[str, Any]) -> bo
     if known is not None:
         return not isinstance(known, str)  # the cache's sign for "known to be missing"
     return isinstance(try_to_load_from_cache(name, "config.json", **where), str)
+
+
+__getattr__ = moved_names(__name__)

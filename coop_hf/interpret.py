@@ -4,6 +4,8 @@ The paper (https://arxiv.org/abs/2109.01134, section 4.3 and table 4) compares e
 token embedding by their Euclidean distance.
 """
 
+from typing import Any
+
 import torch
 from accelerate.utils import align_module_device
 from torch.nn import functional as F
@@ -67,7 +69,7 @@ def nearest_rows(
     return torch.cat(all_distances), torch.cat(all_ids)
 
 
-def readable_token(tokenizer, token_id: int) -> str:
+def readable_token(tokenizer: Any, token_id: int) -> str:
     """A vocabulary entry as a reader sees it: "photo" for a whole word, "pho-" for a piece that goes on."""
     raw = tokenizer.convert_ids_to_tokens(token_id)
     if raw is None or token_id in tokenizer.all_special_ids:
@@ -79,12 +81,12 @@ def readable_token(tokenizer, token_id: int) -> str:
 
 
 def nearest_tokens(
-    model,
+    model: Any,
     top_k: int = 5,
     metric: str = "euclidean",
     adapter_name: str | None = None,
     max_classes: int | None = None,
-):
+) -> Any:
     """For each context vector the nearest vocabulary entries.
 
     Args:
@@ -129,7 +131,7 @@ def nearest_tokens(
     return {c: entries[k * config.n_ctx : (k + 1) * config.n_ctx] for k, c in enumerate(names)}
 
 
-def format_nearest_tokens(nearest, max_classes: int = 20) -> str:
+def format_nearest_tokens(nearest: Any, max_classes: int = 20) -> str:
     """What [`nearest_tokens`] returns, as a table for the terminal.
 
     Args:

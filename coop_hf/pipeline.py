@@ -1,5 +1,7 @@
 """The transformers pipeline for adapters."""
 
+from typing import Any
+
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
@@ -16,7 +18,7 @@ class _AdapterLoader:
     """What `pipeline` loads a named adapter with."""
 
     @classmethod
-    def from_pretrained(cls, name, config=None, **kwargs) -> CoOpModel:
+    def from_pretrained(cls, name: Any, config: Any = None, **kwargs: Any) -> CoOpModel:
         # transformers hands over the base's configuration and the base's revision, which an adapter names by itself,
         # and options that only its own classes know. The base's own precision is what dtype="auto" asks for.
         known = ("cache_dir", "device_map", "dtype", "force_download", "local_files_only", "subfolder", "token")
@@ -48,7 +50,7 @@ class CoOpImageClassificationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, model, **kwargs):
+    def __init__(self, model: CoOpModel, **kwargs: Any):
         if not isinstance(model, CoOpModel):
             raise ValueError(
                 f"the {PIPELINE_TASK!r} pipeline runs on a CoOpModel, got {type(model).__name__}: pass "
@@ -71,25 +73,27 @@ class CoOpImageClassificationPipeline(Pipeline):
             {} if top_k is None else {"top_k": top_k},
         )
 
-    def preprocess(self, image, timeout=None):
+    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
+        """An image of any kind, as the model takes it."""
         is_url = isinstance(image, str) and image.startswith(("http://", "https://"))
         image = load_image(image, timeout=timeout) if is_url else decode_image(image)
         inputs = eval_transform(self.model.image_processor)(image)
         inputs = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
         return {key: value[None] for key, value in inputs.items()}
 
-    def _forward(self, inputs):
+    def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
         view = self.model.view()
         logits = self.model(_view=view, **inputs).logits
         return {"logits": logits, "classes": [view.classes] * len(logits)}  # the names that these scores belong to
 
-    def postprocess(self, outputs, top_k=5):
+    def postprocess(self, outputs: dict[str, Any], top_k: int = 5) -> list[dict[str, Any]]:
+        """The classes of one image, best first."""
         classes = outputs["classes"]  # of one image, or of a batch that was taken apart
         names = (classes[0] if isinstance(classes, list) else classes).class_names
         best = self.model.logits_to_probabilities(outputs["logits"][0]).topk(min(top_k, len(names)))
         return [{"label": names[c], "score": s} for s, c in zip(best.values.tolist(), best.indices.tolist())]
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves the adapters; see `CoOpModel.save_pretrained`."""
         self.model.save_pretrained(save_directory, **kwargs)
 

@@ -90,7 +90,7 @@ def test_an_interrupted_run_keeps_its_cells(tmp_path):
     assert [c["cell"]["seed"] for c in json.loads(path.read_text())["cells"]] == [1]
     assert [f.name for f in tmp_path.iterdir()] == ["results.json"]
     path.write_text("[]")
-    with pytest.raises(ValueError, match="is no results file"):
+    with pytest.raises(ValueError, match="is not a results file"):
         p.run_cells(path, {}, cells, compute)
 
 

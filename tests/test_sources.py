@@ -233,7 +233,7 @@ def test_load_asks_the_hub_only_for_what_is_not_on_disk(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="There is no file or folder"):
             load_images(name)
     assert not calls
-    with pytest.raises(FileNotFoundError, match="'owner/pets' is no file or folder.*nor.*from the Hub: offline"):
+    with pytest.raises(FileNotFoundError, match="'owner/pets' is neither a file nor .*from the Hub: offline"):
         load_images("owner/pets", split="train", revision="main")
     assert calls == [(("owner/pets",), {"split": "train", "revision": "main"})]
 

@@ -123,7 +123,7 @@ def read_prompts(path: str | os.PathLike, class_names: list[str] | None = None) 
         with open(path, encoding="utf-8") as file:
             prompts = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no readable JSON file: {str(error)[:200]}.") from None
+        raise ValueError(f"{path} is not a readable JSON file: {str(error)[:200]}.") from None
     prompts = _check_prompts(prompts, str(path))
     if class_names is None:
         return prompts

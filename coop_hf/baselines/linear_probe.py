@@ -150,7 +150,7 @@ class LinearProbe:
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no usable linear probe: {str(error)[:200]}.") from None
+            raise ValueError(f"{path} is not a usable linear probe: {str(error)[:200]}.") from None
         weight, bias = (tensors.get(name, torch.empty(())) for name in ("weight", "bias"))
         if set(tensors) != {"weight", "bias"} or weight.ndim != 2 or bias.shape != weight.shape[:1]:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -177,7 +177,7 @@ def _read_config(path: str) -> dict:
             raise ValueError(f"format version {config['format_version']!r}; this coop_hf reads {FORMAT_VERSION}")
         return {key: config.get(key) for key in ("normalize", "class_names", "c", "val_accuracy", "search")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no usable linear probe configuration: {str(error)[:200]}.") from None
+        raise ValueError(f"{path} is not a usable linear probe configuration: {str(error)[:200]}.") from None
 
 
 def fit_linear_probe(

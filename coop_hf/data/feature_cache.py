@@ -254,7 +254,7 @@ class EmbeddedImages(Dataset):
         labels (`Sequence[int]`): class indices, `(num_images,)`; -100 where there is none, which no loss counts.
 
     Raises:
-        ValueError: embeddings and labels that do not pair up, NaN, or a label that is no class index.
+        ValueError: embeddings and labels that do not pair up, NaN, or a label that is not a class index.
     """
 
     def __init__(self, image_embeds: torch.Tensor, labels: Sequence[int] | np.ndarray):

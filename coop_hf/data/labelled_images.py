@@ -126,8 +126,8 @@ class LabelledImages(torch.utils.data.Dataset):
         ):
             images = [name for name, other in dataset.features.items() if isinstance(other, datasets.Image)]
             raise ValueError(
-                f"The column '{image_column}' holds {feature}, which is no image. Pass as `image_column=` a column "
-                "of datasets.Image, paths, encoded files or pixels (columns with a datasets.Image: "
+                f"The column '{image_column}' holds {feature}, which is not an image. Pass as `image_column=` a "
+                "column of datasets.Image, paths, encoded files or pixels (columns with a datasets.Image: "
                 f"{some(images) or 'none'})."
             )
         self._mode = feature.mode if is_image else None

@@ -64,7 +64,7 @@ def _read_json(path: str | os.PathLike, what: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"'{path}' is no {what}: it is not JSON ({error}).") from error
+        raise ValueError(f"'{path}' is not a {what}: it is not JSON ({error}).") from error
 
 
 def read_coop_split(
@@ -97,7 +97,7 @@ def read_coop_split(
     """
     what = "CoOp split file"
     content = _read_json(path, what)
-    form = f"'{path}' is no {what}, which holds {{'train', 'val', 'test': [[path, label, class name], ...]}}"
+    form = f"'{path}' is not a {what}, which holds {{'train', 'val', 'test': [[path, label, class name], ...]}}"
     if not isinstance(content, dict) or not content or set(content) - {"train", "val", "test"}:
         found = f"the keys {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"{form}: it holds {found}.")
@@ -186,7 +186,7 @@ def read_few_shot_indices(path: str | os.PathLike, dataset: dict[str, datasets.D
     """
     what = "few-shot index file"
     content = _read_json(path, what)
-    form = f"'{path}' is no {what}, which holds {{'train', 'val': {{'indices': [...], 'data': [...]}}}}"
+    form = f"'{path}' is not a {what}, which holds {{'train', 'val': {{'indices': [...], 'data': [...]}}}}"
     if not isinstance(content, dict) or "train" not in content or set(content) - {"train", "val", "test"}:
         raise ValueError(f"{form}: it holds {some(content) if isinstance(content, dict) else type(content)}.")
     if not isinstance(dataset, dict):
@@ -376,7 +376,8 @@ def load_images(
             return datasets.load_dataset(name, split=split, **kwargs)
         except OSError as error:
             raise FileNotFoundError(
-                f"'{name}' is no file or folder (there is no '{path}'), nor could it be loaded from the Hub: {error}"
+                f"'{name}' is neither a file nor a folder (there is no '{path}'), nor could it be loaded from the Hub: "
+                f"{error}"
             ) from error
     if kwargs:
         raise TypeError(f"{some(kwargs)} are for data sets on the Hub, but '{path}' is on this disk: leave them out.")
@@ -426,7 +427,7 @@ def as_dataset(data: Any, image_column: str = "image", label_column: str = "labe
         `features` or in `classes`.
 
     Raises:
-        TypeError: if it is no such thing; says what its first item is.
+        TypeError: if it is something else; says what its first item is.
         ValueError: if it is empty.
     """
     if isinstance(data, (datasets.Dataset, dict)):

@@ -84,7 +84,7 @@ def plot_few_shot_curves(
 
     Raises:
         ImportError: matplotlib is missing (`pip install coop_hf[plot]`).
-        ValueError: no results, accuracies that are no fractions, or an unknown `spread`.
+        ValueError: no results, accuracies that are not fractions, or an unknown `spread`.
     """
     path = _check_path(path)
     if spread not in ("band", "bars", "none"):

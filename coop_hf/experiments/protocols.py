@@ -125,7 +125,7 @@ def run_cells(
             different = [key for key in settings if results["settings"].get(key) != settings[key]]
             done = {_key(cell): cell for cell in results["cells"]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no results file ({error}): move it, or pass overwrite=True.") from None
+            raise ValueError(f"{path} is not a results file ({error}): move it, or pass overwrite=True.") from None
         if different:
             raise ValueError(
                 f"{path} holds results with other settings ({', '.join(different)} differ): choose another "

@@ -171,7 +171,7 @@ def select_classes(task: Task, classes: list[int], name: str | None = None) -> T
                 for part, own in zip(("train", "validation"), drawn, strict=True)
             )
     names = [task.class_names[c] for c in classes]
-    kept_parts: dict[str, Any] = {
+    new_fields: dict[str, Any] = {
         "class_names": names,
         "parts": parts,
         "images": images,
@@ -179,7 +179,7 @@ def select_classes(task: Task, classes: list[int], name: str | None = None) -> T
         "draws": draws,
         "views": views,
     }
-    return replace(task, name=name or task.name, **kept_parts)
+    return replace(task, name=name or task.name, **new_fields)
 
 
 def with_draws(task: Task, draws: dict[tuple[int, int], tuple[list[int], list[int] | None]]) -> Task:

@@ -286,7 +286,7 @@ class CoOpTrainingArguments(TrainingArguments):
                 self.num_train_epochs = paper_epochs(self.num_shots or num_shots, num_classes)
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
-                if self.max_steps < 0:  # type: ignore[has-type]
+                if self.max_steps < 0:
                     self.max_steps = recipe["max_steps"]
 
     def describe(self, num_steps: int) -> dict:

@@ -67,11 +67,6 @@ class CoOpTrainer(Trainer):
             adapter, an objective or a way of training that is not supported.
     """
 
-    # Of `Trainer`.
-    _train_batch_size: int
-    lr_scheduler: Any
-    push_in_progress: Any
-
     def __init__(
         self,
         model: CoOpModel | None = None,
