@@ -122,7 +122,11 @@ def printed(page: str) -> str:
     return "\n".join(body for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if not language)
 
 
-@pytest.mark.parametrize("name", ["zero_shot", "cupl", "linear_probe", "pet", "autoprompt", "interpret", "heads"])
+BASELINES = ["zero_shot", "cupl", "linear_probe", "pet", "autoprompt", "interpret", "heads"]
+LEARNERS = ["cocoop", "kgcoop", "prograd", "tcp", "deep_prompts", "maple", "promptsrc", "tpt"]
+
+
+@pytest.mark.parametrize("name", [*BASELINES, *LEARNERS])
 def test_the_pages_of_the_methods(tmp_path, name):
     for module in {"linear_probe": ["sklearn"], "interpret": ["matplotlib"]}.get(name, []):
         pytest.importorskip(module, reason=f"{module} is not installed")
