@@ -2,8 +2,8 @@
 
 python benchmarks/fuzz.py --adapters 10000 --checkpoints 2000
 
-Files are mutated byte by byte and value by value; the mutations of adapters are those of `tests/test_fuzz.py`. They are
-read in child processes, so that a crash is counted and not suffered. Each number with its seed gives the same file.
+Files are mutated byte by byte and value by value; the mutations of adapters are those of `tests/test_fuzz.py`. They
+are read in child processes, so that a crash is counted and not suffered. A number and a seed give the same file.
 """
 
 import argparse
