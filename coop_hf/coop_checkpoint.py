@@ -13,7 +13,8 @@ import sys
 from typing import Any
 
 from .config import CLASS_TOKEN_POSITIONS
-from .files.coop_checkpoint import checkpoint_to_adapter, find_coop_checkpoint, read_coop_checkpoint
+from .files.coop_checkpoint import find_coop_checkpoint, read_coop_checkpoint
+from .files.coop_conversion import checkpoint_to_adapter
 from .modeling import CoOpModel
 
 

@@ -30,7 +30,8 @@ from .data.transforms import eval_transform, is_one_image, read_image
 from .deploy.export import ImageClassifier, as_image_classifier
 from .deploy.merging import merge_and_unload
 from .files.adapter_files import Shapes, check_adapter, read_adapter
-from .files.coop_checkpoint import checkpoint_to_adapter, read_coop_checkpoint
+from .files.coop_checkpoint import read_coop_checkpoint
+from .files.coop_conversion import checkpoint_to_adapter
 from .files.load_base import check_is_base, load_base, load_base_of_adapter
 from .files.publish import push_to_hub
 from .hub import has_file
@@ -158,7 +159,7 @@ class CoOpModel(AdapterModel):
             raise ValueError(f"pass either `pixel_values` or `image_embeds`; got {given}.")
         view = _view or self.view()
         if labels is not None:
-            self._check_labels(labels, view)
+            _check_labels(labels, view)
         if pixel_values is not None:
             image_embeds = self.get_image_features(pixel_values, _view=view, **image_inputs)
         assert image_embeds is not None
@@ -190,19 +191,6 @@ class CoOpModel(AdapterModel):
             if self.family.logit_bias is not None:
                 logits = logits + self.family.logit_bias.to(logits.device)
         return text_embeds, logits
-
-    @staticmethod
-    def _check_labels(labels: Tensor, view: View) -> None:
-        if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.is_floating_point():
-            return
-        num_classes = len(view.classes.class_names) if view.classes else 0
-        outside = ((labels < 0) & (labels != -100)) | (labels >= num_classes)
-        if num_classes and outside.any():
-            place = int(outside.flatten().nonzero()[0, 0])
-            raise ValueError(
-                f"label {int(labels.flatten()[place])} at position {place} is outside the {num_classes} classes: "
-                f"labels go from 0 to {num_classes - 1} (-100 is ignored). Correct the labels, or name all classes."
-            )
 
     def logits_to_probabilities(self, logits: Tensor) -> Tensor:
         """Scores `(..., num_classes)` of logits: their softmax, or on SigLIP their sigmoid, of each class alone."""
@@ -378,7 +366,7 @@ class CoOpModel(AdapterModel):
             path (`str` or `os.PathLike`): the checkpoint, or the folder of the training's output.
             base_model (`PreTrainedModel`, `str` or `os.PathLike`): the CLIP model that it was learned on.
             class_names, class_token_position, check_base, template: see
-                `coop_hf.files.coop_checkpoint.checkpoint_to_adapter`.
+                `coop_hf.files.coop_conversion.checkpoint_to_adapter`.
             processor (*optional*): needed with a loaded `base_model`.
             epoch (`int`, *optional*): which checkpoint of a folder.
             kwargs: for `CoOpModel.from_pretrained` if `base_model` is a name: `revision`, `token` ...; else for
@@ -496,3 +484,16 @@ class CoOpModel(AdapterModel):
         if class_names is not None:
             model.set_class_names(class_names)
         return model
+
+
+def _check_labels(labels: Tensor, view: View) -> None:
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.is_floating_point():
+        return
+    num_classes = len(view.classes.class_names) if view.classes else 0
+    outside = ((labels < 0) & (labels != -100)) | (labels >= num_classes)
+    if num_classes and outside.any():
+        place = int(outside.flatten().nonzero()[0, 0])
+        raise ValueError(
+            f"label {int(labels.flatten()[place])} at position {place} is outside the {num_classes} classes: "
+            f"labels go from 0 to {num_classes - 1} (-100 is ignored). Correct the labels, or name all classes."
+        )

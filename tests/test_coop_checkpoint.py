@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from coop_hf import CoOpConfig, CoOpModel
 from coop_hf.coop_checkpoint import from_coop_checkpoint, main
 from coop_hf.files.adapter_files import read_adapter, write_adapter
-from coop_hf.files.coop_checkpoint import checkpoint_to_adapter, find_coop_checkpoint, read_coop_checkpoint
+from coop_hf.files.coop_checkpoint import find_coop_checkpoint, read_coop_checkpoint
+from coop_hf.files.coop_conversion import checkpoint_to_adapter
 
 
 NAMES = ["cat", "Sea_lion", "dog house", "kite (bird)"]

@@ -43,18 +43,14 @@ class CoOpTrainer(Trainer):
     """Trains the active adapter of a [`CoOpModel`].
 
     Args:
-        model (`CoOpModel`):
-            The model. Without class names it takes those of the training set.
-        args (`CoOpTrainingArguments`, *optional*):
-            Defaults to `CoOpTrainingArguments("coop_output")`.
+        model (`CoOpModel`): without class names it takes those of the training set.
+        args (`CoOpTrainingArguments`, *optional*, defaults to `CoOpTrainingArguments("coop_output")`): the arguments.
         train_dataset (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*):
             A data set with a column of images and one of labels (named in `args`), or anything that gives
             `pixel_values` or `image_embeds` `(projection_dim,)` and `labels`, such as [`LabelledImages`] or
             [`EmbeddedImages`].
-        eval_dataset (the same, or a `dict` of them, *optional*):
-            What `evaluate()` measures.
-        compute_metrics (`Callable`, *optional*):
-            Defaults to accuracy and macro-F1.
+        eval_dataset (the same, or a `dict` of them, *optional*): what `evaluate()` measures.
+        compute_metrics (`Callable`, *optional*): defaults to accuracy and macro-F1.
         kwargs: as for `transformers.Trainer`.
 
     Attributes:
