@@ -376,8 +376,8 @@ def load_images(
             return datasets.load_dataset(name, split=split, **kwargs)
         except OSError as error:
             raise FileNotFoundError(
-                f"'{name}' is neither a file nor a folder (there is no '{path}'), nor could it be loaded from the Hub: "
-                f"{error}"
+                f"'{name}' is neither a file nor a folder (there is no '{path}'), nor could it be loaded from "
+                f"the Hub: {error}"
             ) from error
     if kwargs:
         raise TypeError(f"{some(kwargs)} are for data sets on the Hub, but '{path}' is on this disk: leave them out.")
