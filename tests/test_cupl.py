@@ -91,7 +91,7 @@ def test_names_match_without_case_and_underscores():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no readable JSON"),
+        ("{", "not a readable JSON"),
         ("[]", "must be a JSON object"),
         ("{}", "at least one class"),
         ('{"cat": []}', "class 'cat' a list of at least one"),

@@ -102,7 +102,7 @@ def test_save_and_load(tmp_path):
         ({"class_names": ["a"]}, "4 classes"),
         ({"normalize": 1}, "normalize"),
         ({"format_version": 9}, "format version 9"),
-        (None, "no usable linear probe"),
+        (None, "not a usable linear probe"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, change, message):

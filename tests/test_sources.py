@@ -75,8 +75,8 @@ def test_bad_coop_splits(benchmark):
     fails(ValueError, "label 0 stands for 'face'.*'cup'", lambda c: c["val"].__setitem__(0, ["val_0.jpg", 0, "cup"]))
     fails(ValueError, "2 are missing", lambda c: c["val"].append(["val_0.jpg", 3, "cup"]))
     fails(FileNotFoundError, "1 of 13 images.*gone.jpg", lambda c: c["val"].append(["gone.jpg", 0, "face"]))
-    fails(ValueError, "no CoOp split file", lambda c: c.update(train=[], val=[], test=[]) or c.update(extra=1))
-    with pytest.raises(FileNotFoundError, match="There is no CoOp split file at"):
+    fails(ValueError, "not a CoOp split file", lambda c: c.update(train=[], val=[], test=[]) or c.update(extra=1))
+    with pytest.raises(FileNotFoundError, match="There is not a CoOp split file at"):
         read_coop_split(folder / "none.json", root)
     with pytest.raises(ValueError, match="is not JSON"):
         read_coop_split(write(path, "{"), root)
@@ -119,7 +119,7 @@ def test_read_few_shot_indices(benchmark):
     fails("expects \\('cup', 0", lambda c: c["train"]["data"][0].update(classname="cup"))
     fails("part 'train' does not", lambda c: c["train"]["indices"].pop())
     fails("part 'val' does not", lambda c: c.update(val=[]))
-    fails("no few-shot index file", lambda c: c.pop("train"))
+    fails("not a few-shot index file", lambda c: c.pop("train"))
     with pytest.raises(TypeError, match="must be the DatasetDict"):
         read_few_shot_indices(folder / "shot_1-seed_1.json", split["train"])
     with pytest.raises(ValueError, match="indices for 'validation'.*only 'train'"):
@@ -295,7 +295,7 @@ def test_the_page_converts_index_files_of_the_original(benchmark, monkeypatch):
     with pytest.raises(ValueError, match="is a pickle"):
         read_few_shot_indices(folder / "shot_16-seed_1.pkl", split)
     (folder / "shot_16-seed_1.pkl").write_bytes(pickle.dumps({"train": [Path("x")]}))
-    with pytest.raises(pickle.UnpicklingError, match="no record of an image"):
+    with pytest.raises(pickle.UnpicklingError, match="not a record of an image"):
         exec(code, {})
 
 

@@ -9,6 +9,7 @@ https://arxiv.org/abs/2109.01134, section 3.2: M context vectors, one set for al
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..config import CoOpConfig, PromptConfig
@@ -85,9 +86,8 @@ def init_context(
     context = torch.empty(shape, dtype=torch.float32).normal_(std=CONTEXT_STD)
     if config.ctx_init is not None:
         ids = torch.tensor(_word_ids(config, tokenizer))
-        with torch.no_grad():
-            device = token_embedding.weight.device  # meta if offloaded: then its hook moves the ids
-            words = token_embedding(ids if device.type == "meta" else ids.to(device))
+        with torch.no_grad(), align_module_device(token_embedding):  # which brings offloaded weights
+            words = token_embedding.weight[ids.to(token_embedding.weight.device)]
         context[..., n_ctx - len(ids) :, :] = words.float().cpu()
     return context
 

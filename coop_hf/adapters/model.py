@@ -467,6 +467,8 @@ class AdapterModel(nn.Module):
         """What `gradient_checkpointing=True` asks for: computes the classes in chunks of 128 where no size was set."""
         self.text_chunk_size = self.text_chunk_size or 128
 
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name in older versions of transformers
+
 
 def _check_new_name(name: str, adapters: nn.ModuleDict) -> None:
     ok = isinstance(name, str) and 0 < len(name) <= 128
