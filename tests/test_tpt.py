@@ -1,6 +1,7 @@
 """TPT against its reference, and what it leaves alone."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -208,6 +209,16 @@ def test_half_precision_base(tokenizer, deep_base, processor, views, dtype):
     steps = (output.context[:, 0] - model.context).abs()
     assert output.context.dtype == output.logits.dtype == torch.float32
     assert (steps > 4e-3).float().mean() > 0.98 and (steps < 5.001e-3).all()
+
+
+def test_small_gradients_of_a_half_precision_base(deep_base, processor, views):
+    """Of an image whose views are all sure, which fp16 alone would round to zero."""
+    base = copy.deepcopy(deep_base).half()
+    base.logit_scale.fill_(math.log(150))
+    model = make(base, processor)
+    output = tpt(model, views=views, weight_decay=0.0, adam_epsilon=1e-30)
+    assert output.loss[0] < 1e-6
+    assert ((output.context[0, 0] - model.context).abs() > 4e-3).float().mean() > 0.98
 
 
 def test_what_is_refused(deep_base, processor, views):
