@@ -99,7 +99,6 @@ def main() -> None:
     if is_head:
         fit_head(model, train, training_args)
         learns = bool(model.adapter.arguments(training_args.num_shots))
-        training_args.objective = model.adapter.objective
     own = {"train_dataset": train} if learns else {}
     trainer = CoOpTrainer(model=model, args=training_args, eval_dataset=test, **own)
     source = data_args.dataset or data_args.coop_split

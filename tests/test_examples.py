@@ -119,6 +119,57 @@ def test_mistakes_are_explained(tmp_path):
     assert "n_ctx" in run(tmp_path, "--n_ctx", "500", code=1).stderr
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (["--method", "maple", "--objective", "kgcoop", "--n_ctx", 3], {"n_ctx": 3, "fixed_words": "a", "depth": 3}),
+        (["--method", "ivlp", "--class_specific", "--depth", 2], {"class_specific": True, "depth": 2, "n_vision": 2}),
+        (["--method", "vpt", "--n_vision", 5], {"n_vision": 5, "depth": 5}),
+        (["--method", "cocoop", "--ctx_init", "none", "--n_ctx", 2], {"n_ctx": 2, "ctx_init": None}),
+        (["--objective", "prograd"], {"n_ctx": 16, "ctx_init": "an emoji of a", "class_specific": False}),
+        (["--method", "taskres", "--alpha", 0.25], {"alpha": 0.25, "stores_class_embeds": True}),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_methods_and_their_fields(tmp_path, given, expected):
+    run(tmp_path, *given, "--num_shots", 1, "--max_steps", 2)
+    config = CoOpModel.from_pretrained(tmp_path / "coop_output").config
+    assert config.method == (given[1] if given[0] == "--method" else "coop")
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_the_paper_s_recipe_of_a_method(tmp_path):
+    given = ["--method", "maple", "--objective", "kgcoop", "--recipe", "paper", "--learning_rate", 0.001]
+    output = run(tmp_path, *given, "--num_shots", 1).stdout
+    results = json.loads((tmp_path / "coop_output" / "all_results.json").read_text())
+    assert results["epoch"] == 5 and "maple" in output  # 20 images in batches of 4
+    card = (tmp_path / "coop_output" / "README.md").read_text(encoding="utf-8")
+    assert "0.001" in card and "25" in card
+
+
+def test_a_head_learns_by_its_own_recipe(tmp_path):
+    output = run(tmp_path, "--method", "gda", "--num_shots", 4).stdout
+    assert "learned head (gda" in output
+    results = json.loads((tmp_path / "coop_output" / "all_results.json").read_text())
+    assert results["eval_accuracy"] != results["zero_shot_accuracy"] and "epoch" not in results
+    model = CoOpModel.from_pretrained(tmp_path / "coop_output")
+    test = load_emoji()["test"]
+    best = [answer[0]["label"] for answer in model.predict(test["image"][:], top_k=1)]
+    accuracy = sum(name == test.features["label"].names[k] for name, k in zip(best, test["label"])) / len(test)
+    assert accuracy == pytest.approx(results["eval_accuracy"], abs=0.004)
+
+
+def test_mistakes_with_methods_are_explained(tmp_path):
+    error = run(tmp_path, "--method", "vpt", "--n_ctx", 4, code=1).stderr
+    assert (
+        error == "train.py: the method 'vpt' has no 'n_ctx': what it has is 'n_vision', 'depth', and the template.\n"
+    )
+    assert "no method 'mapel'; choose from coop," in run(tmp_path, "--method", "mapel", code=1).stderr
+    error = run(tmp_path, "--method", "gda", "--objective", "kgcoop", code=1).stderr
+    assert error.startswith("train.py: 'gda' is a head") and "Traceback" not in error
+    assert "the image tower has 5 layers" in run(tmp_path, "--method", "vpt", "--depth", 9, code=1).stderr
+
+
 def test_ablations_over_backbones(tmp_path):
     (tmp_path / "twin").symlink_to(emoji_model_path(), target_is_directory=True)
     given = ["--backbones", emoji_model_path(), "twin", "--variants", "m4", "--shots", 1, "--seeds", 1]
