@@ -67,3 +67,21 @@ def test_recipes(tmp_path):
     assert spread == pytest.approx(abs(cells[0]["accuracy"] - cells[1]["accuracy"]) / 2**0.5)
     assert mean > 0.15 and report["zero_shot"] > 0.15  # chance is 0.05
     assert os.listdir(tmp_path) == ["recipes.json"]
+
+
+def test_hostile_files():
+    results = run("fuzz.py", "--adapters", 300, "--checkpoints", 150)
+    assert not results["code_ran"] and not results["other_files_written"]
+    for kind, most in (("adapters", 10), ("checkpoints", 5)):
+        found = results[kind]
+        assert not [p for p in found["problems"] if p["outcome"].startswith("unclear")], found["problems"]
+        assert found["worst"]["mebibytes"]["mebibytes"] < 1024 and found["worst"]["cpu_seconds"]["cpu_seconds"] < 5
+        assert found["outcomes"]["loaded"] > most and found["different_reasons"] > most, found["outcomes"]
+
+
+def test_savers_and_readers_in_processes():
+    results = run("concurrency.py", "--rounds", 120, "--processes", 3)
+    assert results["with_locks"]["readings"] == {"whole": 120}
+    assert set(results["without_locks"]["readings"]) <= {"whole", "refused"}
+    for found in (results["with_locks"], results["without_locks"]):
+        assert found["at_rest"] == "whole" and len(found["files_left"]) == 2
