@@ -146,12 +146,14 @@ def survive(folder: str, recipe: str, kills: int, processes: int, seed: int) -> 
     while result["kills"] < kills:
         shutil.rmtree(run, ignore_errors=True)
         # A moment anywhere in what is left of the training, or just behind it: then the attempt goes through.
-        left = 1.1
-        while attempt(run, recipe, rng.random() < 0.7, rng.uniform(0.0, left) * seconds, processes, rng):
+        moment: float | None = rng.uniform(0.0, 1.1) * seconds
+        while attempt(run, recipe, rng.random() < 0.7, moment, processes, rng):
             names = os.listdir(run)
             checkpoints = [os.path.join(run, name) for name in names if name.startswith("checkpoint-")]
             steps = [int(name.split("-")[1]) for name in names if name.startswith("checkpoint-")]
-            left = 1.1 - max(steps, default=0) / STEPS
+            moment = rng.uniform(0.0, 1.1 - max(steps, default=0) / STEPS) * seconds
+            if "final" in names:  # killed while it ended: let it through
+                moment = None
             result["kills"] += 1
             result["kills_in_a_save"] += any(name.startswith(".saving-") for name in names)
             result["resumed_from_a_checkpoint"] += bool(checkpoints)

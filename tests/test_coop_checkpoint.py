@@ -628,7 +628,27 @@ def test_a_deflated_pickle(tmp_path):
 
 def test_a_pickle_that_is_large(tmp_path):
     torch.save({"state_dict": {"ctx": torch.zeros(4, 8)}, "x": "a" * 20_000_000}, tmp_path / "c")
-    refuses_at_once(tmp_path / "c", "its pickle has 20,000,... bytes, at most 16,777,216 are read")
+    refuses_at_once(tmp_path / "c", "its pickle has 20,000,... bytes, at most 2,097,152 are read")
+
+
+def test_a_long_text_in_a_legacy_file(tmp_path):
+    content = {"state_dict": "a" * 20_000_000}
+    torch.save(content, tmp_path / "c", _use_new_zipfile_serialization=False)
+    refuses_at_once(tmp_path / "c", "not a usable checkpoint.*it cannot be read")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_pickle_of_many_steps(tmp_path, legacy):
+    """Each step is one byte, and costs a microsecond and a list."""
+    if legacy:
+        torch.save({"state_dict": {}}, tmp_path / "c", _use_new_zipfile_serialization=False)
+        with open(tmp_path / "c", "rb+") as file:
+            file.write(b"\x80\x02" + b"(" * 1_000_000 + b".")
+    else:
+        with zipfile.ZipFile(tmp_path / "c", "w") as file:
+            file.writestr("archive/data.pkl", b"\x80\x02" + b"(" * 1_000_000 + b".")
+            file.writestr("archive/version", "3")
+    refuses_at_once(tmp_path / "c", "its pickle has more than 200,000 steps")
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

@@ -14,6 +14,7 @@ from test_hub import LOGIN, here, hub, make_model, snapshot, token  # noqa: F401
 
 from coop_hf import CoOpModel
 from coop_hf.files.adapter_files import read_adapter
+from coop_hf.files.load_base import _load_processor
 from coop_hf.files.publish import push_to_hub
 
 
@@ -28,6 +29,12 @@ FAULTS = {
     "too short": {"drop": "short"},
     "too long": {"drop": "long"},
 }
+# An answer whose body nobody reads, or that can be told from the rest, may be anything.
+HARMLESS = {"truncated", "flipped bit", "too short", "too long"}
+
+# Endpoints whose failure has another way out: who finds the repository or the branch made already goes on.
+IGNORED: dict[str, set[str]] = {"create": {"409"}, "card's check": {"404", "login page"}}
+
 CLASSES = [f"class {number}" for number in range(30)]
 
 
@@ -87,7 +94,7 @@ def test_push(here, token, base, processor, tmp_path, endpoint):  # noqa: F811
             card = files.pop("README.md")
             assert b"license: mit" in card and b"By hand." in card, name
             assert files == (new if commit.oid != first else {key: old[key] for key in new}), name
-    print(endpoint, sorted(survived))
+    assert survived <= HARMLESS | IGNORED.get(endpoint, set()), survived
 
 
 PULL = {
@@ -115,10 +122,10 @@ def test_pull(here, base, processor, tmp_path, endpoint, lfs):  # noqa: F811
             except OSError as error:
                 assert "ada/flowers" in str(error) and 50 < len(str(error)) < 1000, (name, error)
         assert torch.equal(read_adapter("ada/flowers", cache_dir=cache)[1]["prompt_embeddings"], expected), name
-    print(endpoint, sorted(survived))
+    assert survived <= HARMLESS, survived
 
 
-BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+BASE_FILES = ("config.json", "model.safetensors")
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
@@ -130,6 +137,7 @@ def test_pull_of_a_base(here, base, processor, base_folder, tmp_path, file, meth
         repo_id = f"ada/{file.split('.')[0]}-{method}-{number}".replace("_", "-")  # remembered by transformers
         here.add_folder(repo_id, base_folder)
         load = functools.partial(CoOpModel.from_pretrained, repo_id, class_names=["cat"], cache_dir=tmp_path / name)
+        load = functools.partial(load, processor=processor)
         with asked_to_fail(here, method, f"resolve/.*/{file}", fault):
             try:
                 models = [load()]
@@ -141,5 +149,19 @@ def test_pull_of_a_base(here, base, processor, base_folder, tmp_path, file, meth
         for model in models:
             own = model.base_model.state_dict()
             assert all(torch.equal(own[key], expected[key]) for key in expected), name
-            assert model.tokenizer.get_vocab() == processor.tokenizer.get_vocab(), name
-    print(file, method, sorted(survived))
+    assert survived <= HARMLESS, survived
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_flipped_bit_in_a_tokenizer(here, processor, base_folder, tmp_path, monkeypatch, times):  # noqa: F811
+    """transformers compares nothing with the Hub's hash."""
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", here.url)
+    repo_id = f"ada/tokens-{times}"  # remembered by transformers
+    here.add_folder(repo_id, base_folder)
+    here.fail("GET", "resolve/.*/tokenizer.json", drop="flip", times=times)
+    source = {"cache_dir": tmp_path / "cache"}
+    if times == 2:
+        with pytest.raises(OSError, match="tokenizer.json of 'ada/tokens-2' arrived damaged twice"):
+            _load_processor(repo_id, source)
+    assert _load_processor(repo_id, source).tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert here.faults[0].times == 0

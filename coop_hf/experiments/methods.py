@@ -299,7 +299,7 @@ class _Decoded:
     def __getitem__(self, index: int) -> PIL.Image.Image:
         images: Any = self.images
         while isinstance(images, Subset):
-            images, index = images.dataset, images.indices[index]  # type: ignore[attr-defined]
+            images, index = images.dataset, images.indices[index]
         return images.image(index)
 
 

@@ -214,7 +214,7 @@ def _read_weights(
             problem + f"it has {size:,} bytes and announces a header of {header_size:,}; the file is cut off, "
             "or no safetensors file."
         )
-    tensors = {}
+    tensors, opened = {}, _identity(path)
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: file.get_slice(key) for key in file.keys()}
@@ -239,9 +239,17 @@ def _read_weights(
                         problem + f"{key[:80]!r} holds NaN or infinite values; the training that made it diverged."
                     )
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(problem + f"{str(error)[:200]}.") from None
+    if _identity(path) != opened:
+        # safetensors opens a file twice, for header and values, and where there are no locks they may be two files.
+        raise ValueError(f"{path} was replaced while it was being read: load the adapter again.")
     return metadata, tensors
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _check_shapes(problem: str, found: Mapping[str, tuple[int, ...]], shapes: Shapes, who: str) -> None:

@@ -48,7 +48,8 @@ _BEST = "model-best.pth.tar"
 
 _EPOCH = re.compile(r"model\.pth\.tar-(\d{1,9})")
 
-_MAX_PICKLE_BYTES = 1 << 24  # without the tensors, a checkpoint of the original has some kilobytes
+# Without the tensors, a checkpoint of the original has some kilobytes. PyTorch needs 150 times a long text's length.
+_MAX_PICKLE_BYTES = 1 << 21
 
 _MAX_OPERATIONS = 200_000  # of the pickle; a checkpoint of the original has hundreds, of a whole CLIP 20,000
 
@@ -365,9 +366,9 @@ def _check_records(path: str, is_zip: bool) -> None:
     else:
         with open(path, "rb") as file:
             pickles = [file.read(_MAX_PICKLE_BYTES)]
-            file.seek(0)
-            for _ in range(_LEGACY_PICKLES):
-                _check_operations(file)
+        stream = io.BytesIO(pickles[0])  # what stands behind it are the tensors
+        for _ in range(_LEGACY_PICKLES):
+            _check_operations(stream)
     if any(b"bytearray" in text for text in pickles):
         raise pickle.UnpicklingError("Unsupported global: GLOBAL builtins.bytearray")
 
