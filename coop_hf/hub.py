@@ -108,7 +108,16 @@ def _download(name: str, filename: str, subfolder: str | None, kwargs: dict[str,
     """A file by the cache or the Hub, compared with the Hub's hash of it; fetched a second time if it is damaged."""
     was_cached = _cached(name, filename, subfolder, kwargs) is not None
     for _ in range(2):
-        path = hf_hub_download(name, filename, subfolder=subfolder, library_name="coop_hf", **kwargs)
+        try:
+            path = hf_hub_download(name, filename, subfolder=subfolder, library_name="coop_hf", **kwargs)
+        except OSError as error:
+            if type(error) is not OSError or "Consistency check failed" not in str(error):
+                raise
+            raise OSError(
+                f"{filename} of {name!r} arrived with another length than the Hub says ({str(error).splitlines()[0]}) "
+                "Nothing of it was kept. A network that asks for a login first, or a proxy, does so: try again, or on "
+                "another network."
+            ) from error
         is_large = os.path.getsize(path) > MAX_CHECKED_BYTES
         if (was_cached and is_large) or not _is_damaged(path):
             return path

@@ -29,12 +29,6 @@ FAULTS = {
     "too short": {"drop": "short"},
     "too long": {"drop": "long"},
 }
-# An answer whose body nobody reads, or that can be told from the rest, may be anything.
-HARMLESS = {"truncated", "flipped bit", "too short", "too long"}
-
-# Endpoints whose failure has another way out: who finds the repository or the branch made already goes on.
-IGNORED: dict[str, set[str]] = {"create": {"409"}, "card's check": {"404", "login page"}}
-
 CLASSES = [f"class {number}" for number in range(30)]
 
 
@@ -74,7 +68,6 @@ def test_push(here, token, base, processor, tmp_path, endpoint):  # noqa: F811
     before, context = snapshot(tmp_path), model.context.detach().clone()
     new = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir() if path.name != "README.md"}
     old = {"README.md": b"---\nlicense: mit\n---\nBy hand.\n", **dict.fromkeys(new, b"old")}
-    survived = set()
     for number, (name, fault) in enumerate(FAULTS.items()):
         repo_id = f"ada/flowers-{number}"
         first = here.add_repo(repo_id, old)
@@ -82,7 +75,7 @@ def test_push(here, token, base, processor, tmp_path, endpoint):  # noqa: F811
         with asked_to_fail(here, *PUSH[endpoint], fault):
             try:
                 push_to_hub(model, repo_id, token=token, revision="wip")
-                survived.add(name)
+                assert new.items() <= here.files(repo_id, "wip").items(), name  # there was another way
             except OSError as error:
                 assert type(error) is OSError and repo_id in str(error) and 50 < len(str(error)) < 1000, (name, error)
         assert snapshot(tmp_path) == before and torch.equal(model.context, context), name
@@ -94,7 +87,6 @@ def test_push(here, token, base, processor, tmp_path, endpoint):  # noqa: F811
             card = files.pop("README.md")
             assert b"license: mit" in card and b"By hand." in card, name
             assert files == (new if commit.oid != first else {key: old[key] for key in new}), name
-    assert survived <= HARMLESS | IGNORED.get(endpoint, set()), survived
 
 
 PULL = {
@@ -111,18 +103,15 @@ def test_pull(here, base, processor, tmp_path, endpoint, lfs):  # noqa: F811
     files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     here.add_repo("ada/flowers", files, lfs=lfs)
     expected = read_adapter(tmp_path / "adapter")[1]["prompt_embeddings"]
-    survived = set()
     for name, fault in FAULTS.items():
         cache = tmp_path / name
         with asked_to_fail(here, *PULL[endpoint], fault):
             try:
                 found = read_adapter("ada/flowers", cache_dir=cache)[1]["prompt_embeddings"]
                 assert torch.equal(found, expected), name
-                survived.add(name)
             except OSError as error:
                 assert "ada/flowers" in str(error) and 50 < len(str(error)) < 1000, (name, error)
         assert torch.equal(read_adapter("ada/flowers", cache_dir=cache)[1]["prompt_embeddings"], expected), name
-    assert survived <= HARMLESS, survived
 
 
 BASE_FILES = ("config.json", "model.safetensors")
@@ -132,7 +121,6 @@ BASE_FILES = ("config.json", "model.safetensors")
 @pytest.mark.parametrize("file", BASE_FILES)
 def test_pull_of_a_base(here, base, processor, base_folder, tmp_path, file, method):  # noqa: F811
     expected = base.state_dict()
-    survived = set()
     for number, (name, fault) in enumerate(FAULTS.items()):
         repo_id = f"ada/{file.split('.')[0]}-{method}-{number}".replace("_", "-")  # remembered by transformers
         here.add_folder(repo_id, base_folder)
@@ -141,7 +129,6 @@ def test_pull_of_a_base(here, base, processor, base_folder, tmp_path, file, meth
         with asked_to_fail(here, method, f"resolve/.*/{file}", fault):
             try:
                 models = [load()]
-                survived.add(name)
             except OSError as error:
                 assert repo_id in str(error) and 60 < len(str(error)) < 2000, (name, error)
                 models = []
@@ -149,19 +136,24 @@ def test_pull_of_a_base(here, base, processor, base_folder, tmp_path, file, meth
         for model in models:
             own = model.base_model.state_dict()
             assert all(torch.equal(own[key], expected[key]) for key in expected), name
-    assert survived <= HARMLESS, survived
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_flipped_bit_in_a_tokenizer(here, processor, base_folder, tmp_path, monkeypatch, times):  # noqa: F811
+def test_a_flipped_bit_in_a_tokenizer(here, base_folder, tmp_path, monkeypatch, times):  # noqa: F811
     """transformers compares nothing with the Hub's hash."""
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", here.url)
-    repo_id = f"ada/tokens-{times}"  # remembered by transformers
-    here.add_folder(repo_id, base_folder)
+
+    class Processor:
+        @staticmethod
+        def from_pretrained(name, **source):
+            with open(huggingface_hub.hf_hub_download(name, "tokenizer.json", **source), "rb") as file:
+                return file.read()
+
+    monkeypatch.setattr("coop_hf.files.load_base.AutoProcessor", Processor)
+    here.add_folder("ada/tokens", base_folder)
     here.fail("GET", "resolve/.*/tokenizer.json", drop="flip", times=times)
     source = {"cache_dir": tmp_path / "cache"}
     if times == 2:
-        with pytest.raises(OSError, match="tokenizer.json of 'ada/tokens-2' arrived damaged twice"):
-            _load_processor(repo_id, source)
-    assert _load_processor(repo_id, source).tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+        with pytest.raises(OSError, match="tokenizer.json of 'ada/tokens' arrived damaged twice"):
+            _load_processor("ada/tokens", source)
+    assert _load_processor("ada/tokens", source) == (base_folder / "tokenizer.json").read_bytes()
     assert here.faults[0].times == 0
