@@ -97,6 +97,9 @@ class PromptConfig:
     coop_hf_version: str = field(default=__version__)
 
     method: ClassVar[str] = ""
+    cuts_words: ClassVar[bool] = (
+        False  # whether `ctx_init` may have more tokens than `n_ctx`: the first ones are taken
+    )
     # Read by the pipelines of transformers 5.4.
     _commit_hash: ClassVar[str | None] = None
     # Read by transformers.Trainer: what `evaluate` and `predict` don't collect.

@@ -577,3 +577,16 @@ def test_coop_itself_against_its_reference(deep_base, processor, pixels):
     text = reference_features(deep_base, processor.tokenizer, NAMES, context, "end")
     expected = ref.cosine_logits(deep_base, text, ref.vision_pass(deep_base, pixels))
     assert relative_error(model(pixel_values=pixels).logits.detach(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("config", [DeepTextConfig, IVLPConfig, MaPLeConfig])
+def test_words_of_more_tokens_than_prompts_are_cut(config, tokenizer):
+    """The defaults name two words; to a tokenizer that cuts them finer, the first tokens are taken."""
+    base = ref.make_deep_base(tokenizer)
+    model = CoOpModel(base, config(n_ctx=2, ctx_init="hat of", fixed_words=None), NAMES, tokenizer)
+    ids = tokenizer("hat of", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 2 and model.config.n_ctx == 2
+    words = base.text_model.embeddings.token_embedding.weight[ids[:2]]
+    torch.testing.assert_close(model.context.detach(), words, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="more than n_ctx=2"):
+        CoOpModel(base, CoOpConfig(n_ctx=2, ctx_init="hat of"), NAMES, tokenizer)

@@ -57,7 +57,7 @@ def num_context_tokens(config: CoOpConfig, tokenizer: Any) -> int:
     count = len(_word_ids(config, tokenizer))
     if count == 0:
         raise ValueError(f"the tokenizer finds no token in ctx_init={config.ctx_init!r}: pass words, or None.")
-    if config.n_ctx is not None and count > config.n_ctx:
+    if config.n_ctx is not None and count > config.n_ctx and not config.cuts_words:
         raise ValueError(
             f"ctx_init={config.ctx_init!r} has {count} BPE tokens, more than n_ctx={config.n_ctx}: set n_ctx={count}, "
             "leave n_ctx out, or use fewer words."
@@ -85,7 +85,7 @@ def init_context(
     shape = (num_classes or 0, n_ctx, dim) if config.class_specific else (n_ctx, dim)
     context = torch.empty(shape, dtype=torch.float32).normal_(std=CONTEXT_STD)
     if config.ctx_init is not None:
-        ids = torch.tensor(_word_ids(config, tokenizer))
+        ids = torch.tensor(_word_ids(config, tokenizer)[:n_ctx])  # more only where `cuts_words`
         with torch.no_grad(), align_module_device(token_embedding):  # which brings offloaded weights
             words = token_embedding.weight[ids.to(token_embedding.weight.device)]
         context[..., n_ctx - len(ids) :, :] = words.float().cpu()

@@ -12,7 +12,7 @@ replaced, without position embeddings. All start at N(0, 0.02²), the first text
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class DeepTextConfig(CoOpConfig, method="deep_text"):
 
     Args:
         n_ctx (`int`, *optional*, defaults to 4): text prompts of a layer.
-        ctx_init (`str`, *optional*, defaults to `"a photo of a"`): words that the first layer's start from.
+        ctx_init (`str`, *optional*, defaults to `"a photo of a"`): words that the first layer's start from; of more
+            tokens than `n_ctx` the first ones are taken, as in the official codes.
         depth (`int`, *optional*): layers J with prompts of their own, the first one included. Defaults to the official
             code's 12 (9 for MaPLe), or to all layers of a tower that has fewer.
         fixed_words (`str`, *optional*): words that stay in the prompt behind the context, before the class name.
@@ -50,6 +51,8 @@ class DeepTextConfig(CoOpConfig, method="deep_text"):
     ctx_init: str | None = "a photo of a"
     depth: int | None = None
     fixed_words: str | None = None
+
+    cuts_words: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
