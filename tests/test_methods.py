@@ -9,7 +9,7 @@ from coop_hf import CoOpModel, sample_few_shot
 from coop_hf.adapters.tpt import tpt
 from coop_hf.experiments import methods, protocols, tasks
 from coop_hf.experiments.configs import make_config
-from coop_hf.training.arguments import RECIPES
+from coop_hf.training.arguments import RECIPES, get_recipe
 
 
 def test_task_holds_the_embeddings(model, splits, task):
@@ -204,3 +204,8 @@ def test_tpt_in_a_protocol(model, task):
     with student.disable_adapter():
         expected = tpt(student, images, ctx_init="a photo").logits
     assert torch.equal(predict(views, few.class_names), expected)
+
+
+def test_the_fast_recipe_takes_few_images_where_each_has_class_embeddings_of_its_own():
+    assert get_recipe("fast", "cocoop")["batch_size"] == 8 and get_recipe("fast")["batch_size"] > 10_000
+    assert get_recipe("paper", "cocoop")["batch_size"] == 1

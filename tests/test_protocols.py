@@ -17,6 +17,7 @@ from coop_hf.experiments import protocols as p
 from coop_hf.experiments import tables
 from coop_hf.experiments.methods import METHODS, Method, Options
 from coop_hf.experiments.tasks import Task, draw_few_shot, make_task, select_classes
+from coop_hf.training.arguments import RECIPES
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -107,6 +108,26 @@ def test_base_to_new(model, task, tmp_path):
         "colours, base classes": COLOUR_NAMES[:3],
         "colours, new classes": COLOUR_NAMES[3:],
     }
+
+
+def test_methods_of_the_image_tower_in_the_protocols(model, task, tmp_path, monkeypatch):
+    """New classes at once, and other data sets, are scored through the prompted image tower; heads are left out."""
+    monkeypatch.setitem(RECIPES["fast"], "max_steps", 2)
+    quiet = {"report": lambda line: None, "seeds": [1], "shots": 2}
+    methods = {name: METHODS[name] for name in ("zero_shot", "maple", "gda")}
+    results = p.base_to_new(model, task, tmp_path / "b.json", COLOUR_OPTIONS, methods, **quiet)
+    assert [cell["cell"]["method"] for cell in results["cells"]] == ["zero_shot", "maple"]
+    assert all(0 <= score <= 1 for cell in results["cells"] for score in cell["scores"].values())
+    few = draw_few_shot(select_classes(task, [0, 1, 2]), 2, seed=1, with_images=True)
+    predict = METHODS["maple"].fit(model, few, COLOUR_OPTIONS)
+    new = select_classes(task, [3, 4, 5])
+    logits = predict(new.views["test"], new.class_names)
+    right = (logits.argmax(dim=1) == new.parts["test"][1]).float().mean().item()
+    assert results["cells"][1]["scores"]["new"] == pytest.approx(right)
+    other = select_classes(task, [1, 0, 2, 3, 4, 5], "other")
+    found = p.domain_generalization(model, task, [other], tmp_path / "d.json", COLOUR_OPTIONS, methods, **quiet)
+    for cell in found["cells"]:  # the same images under other numbers
+        assert cell["scores"]["other"] == pytest.approx(cell["scores"]["colours"])
 
 
 def test_domain_generalization_and_transfer(model, task, tmp_path):
