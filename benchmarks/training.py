@@ -25,14 +25,14 @@ from coop_hf.training.arguments import paper_epochs
 def public_procedure(base, model, steps: int, batch_size: int) -> float:
     """Seconds of a step."""
     context = model.context
-    layout = model.adapters["default"].prompts.layout
+    layout = model.adapter.class_prompts.layout
     optimizer = torch.optim.SGD([context], lr=2e-3, momentum=0.9, weight_decay=5e-4)
     pixels, labels = torch.randn(batch_size, 3, 224, 224), torch.randint(len(layout.tokens), (batch_size,))
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
         images = F.normalize(base.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-        texts = F.normalize(plain_text_features(base, layout, context, 77), dim=-1)
+        texts = F.normalize(plain_text_features(base, layout, context, 77, chunk_size=layout.num_classes), dim=-1)
         loss = F.cross_entropy(base.logit_scale.exp() * images @ texts.T, labels)
         optimizer.zero_grad()
         loss.backward()
