@@ -320,7 +320,7 @@ def test_naflex_items_and_batches():
         ({"label_column": "class"}, "no column 'class'.*`label_column=`"),
         (
             {"image_column": "label"},
-            r"'label' holds ClassLabel.*no image.*\(columns with a datasets.Image: 'image'\)",
+            r"'label' holds ClassLabel.*is not an image.*\(columns with a datasets.Image: 'image'\)",
         ),
         ({"class_names": ["a"]}, "has 1 names, but"),
         ({"on_bad_image": "ignore"}, "`on_bad_image` must be 'raise' or 'skip', got 'ignore'"),

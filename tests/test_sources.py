@@ -76,7 +76,7 @@ def test_bad_coop_splits(benchmark):
     fails(ValueError, "2 are missing", lambda c: c["val"].append(["val_0.jpg", 3, "cup"]))
     fails(FileNotFoundError, "1 of 13 images.*gone.jpg", lambda c: c["val"].append(["gone.jpg", 0, "face"]))
     fails(ValueError, "not a CoOp split file", lambda c: c.update(train=[], val=[], test=[]) or c.update(extra=1))
-    with pytest.raises(FileNotFoundError, match="There is not a CoOp split file at"):
+    with pytest.raises(FileNotFoundError, match="There is no CoOp split file at"):
         read_coop_split(folder / "none.json", root)
     with pytest.raises(ValueError, match="is not JSON"):
         read_coop_split(write(path, "{"), root)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Build the emoji images: few-shot parts as parquet files, pre-training images as one archive.
+"""Build the emoji pictures: few-shot parts as parquet files, pre-training pictures as one archive.
 
-The images come from npm packages of SVG icons, fetched by name and pinned version with the npm client, drawn on
+The pictures come from npm packages of SVG icons, fetched by name and pinned version with the npm client, drawn on
 white with resvg and split by emoji *name*:
 
 - `data/<style>-<split>.parquet`: the few-shot task, 20 classes in six styles, splits train, validation and test;
-- `<work-dir>/pretrain.npz` and `pretrain.json`: images and words for `pretrain.py`. No emoji of the validation or
+- `<work-dir>/pretrain.npz` and `pretrain.json`: pictures and words for `pretrain.py`. No emoji of the validation or
   test part is in it, in any style, nor an icon whose name contains such an emoji's name.
 
 The same versions give the same files, byte for byte. Needs `npm`, `resvg-py`, `datasets` and `pillow`.
@@ -193,7 +193,7 @@ def icons_of_emoji(style, icons, emoji):
 
 
 def split_names(emoji, available, seed):
-    """Give each emoji of a class its split; names that mean the same image stay together.
+    """Give each emoji of a class its split; names that mean the same picture stay together.
 
     Returns:
         `dict`: emoji name -> (class name, split).
@@ -246,7 +246,7 @@ def on_white(pixels):
 
 
 def encode(pixels):
-    """uint8 RGBA array -> bytes of a lossless WebP image on white."""
+    """uint8 RGBA array -> bytes of a lossless WebP picture on white."""
     buffer = io.BytesIO()
     PILImage.fromarray(on_white(pixels)).save(buffer, "WEBP", lossless=True, quality=60, method=4)
     return buffer.getvalue()
@@ -282,7 +282,7 @@ def collect_icons(style, icons, forbidden):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=HERE / "build", help="packages and pre-training images")
+    parser.add_argument("--work-dir", type=Path, default=HERE / "build", help="packages and pre-training pictures")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="where the parquet files go")
     parser.add_argument("--seed", type=int, default=1, help="decides which names are held out")
     parser.add_argument("--workers", type=int, default=2)
@@ -296,7 +296,7 @@ def main():
     }
     split = split_names(emoji, set(by_style["fluent-flat"]), args.seed)
     held_out = {name for name, (_, part) in split.items() if part != "train"}
-    # A style may draw two emoji with one image: no held-out SVG may come back under another name.
+    # A style may draw two emoji with one picture: no held-out SVG may come back under another name.
     held_out_svgs = {style: {found[name] for name in held_out if name in found} for style, found in by_style.items()}
 
     jobs = {}  # SVG -> pixels
@@ -321,7 +321,7 @@ def main():
                          "style": Value("string")})  # fmt: skip
     args.data_dir.mkdir(parents=True, exist_ok=True)
     for style in SHIPPED_STYLES:
-        drawn_before = set()  # a style may draw two emoji alike: the image stays in the first split that has it
+        drawn_before = set()  # a style may draw two emoji alike: the picture stays in the first split that has it
         for part in SPLITS:
             rows = []
             for name, (class_name, where) in split.items():
@@ -331,13 +331,13 @@ def main():
                     image = {"bytes": encode(pixels), "path": None}
                     rows.append({"image": image, "label": class_name, "name": name, "style": style})
             Dataset.from_list(rows, features=features).to_parquet(args.data_dir / f"{style}-{part}.parquet")
-            print(f"{style:12} {part:10} {len(rows):5} images")
+            print(f"{style:12} {part:10} {len(rows):5} pictures")
 
-    by_image = {}  # (style, SVG) -> its names and how it is drawn
+    by_picture = {}  # (style, SVG) -> its names and how it is drawn
     for style, name, drawn, svg in pretrain:
         if jobs[svg] is not None:
-            by_image.setdefault((style, svg), (drawn, []))[1].append(name)
-    kept = [(style, names, drawn, jobs[svg]) for (style, svg), (drawn, names) in by_image.items()]
+            by_picture.setdefault((style, svg), (drawn, []))[1].append(name)
+    kept = [(style, names, drawn, jobs[svg]) for (style, svg), (drawn, names) in by_picture.items()]
     held_out_pixels = {
         jobs[by_style[style][name]].tobytes()
         for style in SHIPPED_STYLES
@@ -348,14 +348,14 @@ def main():
     np.savez(args.work_dir / "pretrain.npz", pixels=np.stack([pixels for *_, pixels in kept]))
     words = {item["name"]: {key: item[key] for key in ("group", "subgroup", "tags")} for item in emoji}
     described = {
-        "images": [{"style": style, "names": names, "drawn": drawn} for style, names, drawn, _ in kept],
+        "pictures": [{"style": style, "names": names, "drawn": drawn} for style, names, drawn, _ in kept],
         "emoji": {name: words[name] for name in sorted({n for _, names, *_ in kept for n in names} & set(words))},
     }
     (args.work_dir / "pretrain.json").write_text(json.dumps(described, indent=0, ensure_ascii=False) + "\n")
     for style in (*PRETRAIN_STYLES, *ICON_STYLES):
-        print(f"pre-training {style:12} {sum(entry[0] == style for entry in kept):5} images")
+        print(f"pre-training {style:12} {sum(entry[0] == style for entry in kept):5} pictures")
     size = sum(file.stat().st_size for file in args.data_dir.glob("*.parquet"))
-    print(f"pre-training {len(kept)} images in all; shipped {size / 1e6:.2f} MB")
+    print(f"pre-training {len(kept)} pictures in all; shipped {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

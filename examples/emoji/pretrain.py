@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Pre-train the small emoji CLIP: a stock `transformers.CLIPModel` learned from scratch on emoji and icons.
 
-Reads the pre-training images that `build_data.py` wrote, renders each one anew at every step (smaller, turned, gray,
+Reads the pre-training pictures that `build_data.py` wrote, renders each one anew at every step (smaller, turned, gray,
 on a colored background, ...) and writes captions that may say so: "a small gray drawing of a fox on a blue
-background". A caption that is true of several images of the batch is a positive of all of them. What a caption says
+background". A caption that is true of several pictures of the batch is a positive of all of them. What a caption says
 about the rendering is therefore information, and a prompt's context matters to the trained model.
 
 Writes a folder that `CLIPModel`, `CLIPProcessor` and `CLIPTokenizer` load. One seed, one number of processes and
@@ -35,7 +35,7 @@ from coop_hf.demo.emoji import load_emoji
 
 HERE = Path(__file__).resolve().parent
 
-# Everything that a caption may claim about how an image is drawn; an image holds the claims that are true of it.
+# Everything that a caption may claim about how a picture is drawn; a picture holds the claims that are true of it.
 STYLE_CLAIMS = {
     "noto": ["emoji", "noto", "shaded", "colorful"],
     "noto-v1": ["emoji", "blob", "shaded", "colorful"],
@@ -76,13 +76,13 @@ WORDING = {
     "solid": ["solid", "filled"],
     "plain": ["plain", "clean", "simple"],
 }
-NOUNS = ["image", "image", "drawing", "illustration", "symbol"]
+NOUNS = ["picture", "image", "drawing", "illustration", "symbol"]
 
 
-def read_images(work_dir, size):
-    """The images in the model's size, what is known of each image, and the words known of each emoji.
+def read_pictures(work_dir, size):
+    """The pictures in the model's size, what is known of each picture, and the words known of each emoji.
 
-    The images are uint8 of shape `(n, 4, size, size)`: red, green and blue, multiplied by alpha, and alpha.
+    The pictures are uint8 of shape `(n, 4, size, size)`: red, green and blue, multiplied by alpha, and alpha.
     """
     described = json.loads((work_dir / "pretrain.json").read_text())
     with np.load(work_dir / "pretrain.npz") as file:
@@ -94,7 +94,7 @@ def read_images(work_dir, size):
         if size != layers.shape[-1]:  # the image processor's way: bicubic, with antialiasing
             layers = F.interpolate(layers, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
         resized.append(layers.clamp(0, 255).round().to(torch.uint8))
-    return torch.cat(resized), described["images"], described["emoji"]
+    return torch.cat(resized), described["pictures"], described["emoji"]
 
 
 def learn_merges(words, count):
@@ -157,10 +157,10 @@ def train_tokenizer(texts, vocab_size, max_length):
 
 
 class Captions:
-    """Writes captions of images and knows which captions are true of which images.
+    """Writes captions of pictures and knows which captions are true of which pictures.
 
     Args:
-        images (`list[dict]`): style, names and drawing claims of each image.
+        pictures (`list[dict]`): style, names and drawing claims of each picture.
         emoji (`dict`): emoji name -> group, subgroup and tags.
     """
 
@@ -197,10 +197,10 @@ class Captions:
             ]
 
     def write(self, index, bits, room, kinds, rng):
-        """One caption of an image: `(text, concept, claims)`.
+        """One caption of a picture: `(text, concept, claims)`.
 
         Args:
-            index (`int`): which image.
+            index (`int`): which picture.
             bits (`int`): the claims that are true of it as it is rendered.
             room (`int`): about how many words the caption may take.
             kinds (`float`): how often an emoji's caption names its kind, not the emoji: "food fruit", "vehicle".
@@ -257,7 +257,7 @@ class Captions:
         return re.sub(r"\ba (?=[aeiou])", "an ", text) + rng.choice(["", ".", "."])
 
     def truth(self, indices, bits, captions):
-        """`(images, captions)` boolean matrix: is the caption true of the image?"""
+        """`(pictures, captions)` boolean matrix: is the caption true of the picture?"""
         said = np.array([claims for _, _, claims in captions], dtype=np.int64)
         allowed = (said[None, :] & ~np.array(bits, dtype=np.int64)[:, None]) == 0
         wanted = [concept for _, concept, _ in captions]
@@ -266,11 +266,11 @@ class Captions:
 
 
 def render(pixels, style_bits, rng, generator):
-    """Render images with random effects.
+    """Render pictures with random effects.
 
     Args:
         pixels (`torch.Tensor`): uint8 of shape `(n, 4, size, size)`: color multiplied by alpha, and alpha.
-        style_bits (`list[int]`): what is true of each image however it is rendered.
+        style_bits (`list[int]`): what is true of each picture however it is rendered.
 
     Returns:
         `tuple`: float RGB in 0..1 of shape `(n, 3, size, size)` and the claims true of each result as bits.
@@ -483,7 +483,7 @@ def train(rank, args, shared, barrier):
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
-    pixels, pictures, emoji = read_images(args.work_dir, args.image_size)
+    pixels, pictures, emoji = read_pictures(args.work_dir, args.image_size)
     captions = Captions(pictures, emoji)
     tokenizer = train_tokenizer(captions.texts(), args.vocab_size, args.positions)
     model, processor = build_model(args, tokenizer)
@@ -491,7 +491,7 @@ def train(rank, args, shared, barrier):
     parameters = list(model.parameters())
     size = sum(p.numel() for p in parameters)
     if rank == 0:
-        print(f"{len(pictures)} images, {len(emoji)} emoji names, {len(tokenizer)} tokens")
+        print(f"{len(pictures)} pictures, {len(emoji)} emoji names, {len(tokenizer)} tokens")
         print(f"{size / 1e6:.2f} M parameters", flush=True)
 
     is_emoji = [bool(bits & BIT["emoji"]) for bits in captions.style_bits]
@@ -550,7 +550,7 @@ def train(rank, args, shared, barrier):
             speed = (step - first + 1) * args.batch_size / (time.time() - start)
             print(
                 f"step {step:6} loss {total / args.log_every:.3f} true caption first {hits / args.log_every:.3f} "
-                f"scale {model.logit_scale.exp().item():.1f} images/s {speed:.0f}",
+                f"scale {model.logit_scale.exp().item():.1f} pictures/s {speed:.0f}",
                 flush=True,
             )
             total, hits = 0.0, 0.0
@@ -566,7 +566,7 @@ def train(rank, args, shared, barrier):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=HERE / "build", help="where build_data.py left its images")
+    parser.add_argument("--work-dir", type=Path, default=HERE / "build", help="where build_data.py left its pictures")
     parser.add_argument("--out", type=Path, default=HERE / "emoji-clip")
     parser.add_argument("--steps", type=int, default=7200)
     parser.add_argument("--batch-size", type=int, default=128)
