@@ -80,6 +80,9 @@ class PromptConfig:
             The model under the adapter: Hub id or local folder. Filled in by the model.
         revision (`str`, *optional*):
             Revision of the base model on the Hub.
+        original_crop (`bool`, *optional*, defaults to `False`):
+            Whether images are cropped for prediction as in the public CoOp code, which for some sizes is one pixel
+            aside (see `coop_hf.data.transforms.eval_transform`). Checkpoints of the public codes set it.
         format_version (`int`, *optional*, defaults to 1 for CoOp and 2 for other methods):
             Version of the file format.
         coop_hf_version (`str`, *optional*, defaults to this version):
@@ -93,6 +96,7 @@ class PromptConfig:
     template: str = "a photo of a {}."
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    original_crop: bool = False
     format_version: int = None  # type: ignore[assignment]  # the method's own, filled in below
     coop_hf_version: str = field(default=__version__)
 
@@ -124,6 +128,8 @@ class PromptConfig:
             raise ValueError(
                 f"`template` must contain `{{}}` exactly once, where the class name goes, got {shown(self.template)}."
             )
+        if not isinstance(self.original_crop, bool):
+            raise ValueError(f"`original_crop` must be True or False, got {shown(self.original_crop)}.")
         check_text("base_model_name_or_path", self.base_model_name_or_path)
         check_text("revision", self.revision)
         check_text("coop_hf_version", self.coop_hf_version, optional=False)
@@ -139,8 +145,12 @@ class PromptConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain Python values, with its `"method"` unless it is CoOp's."""
-        return {**dataclasses.asdict(self), **({} if self.method == "coop" else {"method": self.method})}
+        """The configuration as plain Python values: with its `"method"` unless it is CoOp's, and `original_crop` only
+        where it is true, as of before it came."""
+        values = {**dataclasses.asdict(self), **({} if self.method == "coop" else {"method": self.method})}
+        if not self.original_crop:
+            del values["original_crop"]
+        return values
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes `adapter_config.json` (sorted keys, indent 2) into `save_directory`, which is made if missing."""

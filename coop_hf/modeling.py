@@ -331,7 +331,7 @@ class CoOpModel(AdapterModel):
         return results[0] if is_single else results
 
     def _logits_of_images(self, images: Any, batch_size: int, view: View) -> Iterator[Tensor]:
-        transform = eval_transform(self.image_processor)
+        transform = eval_transform(self.image_processor, view.adapter.config.original_crop)
         for start in range(0, len(images), batch_size):
             indices = range(start, min(start + batch_size, len(images)))
             yield self(_view=view, **collate([read_image(images, index, transform) for index in indices])).logits

@@ -77,7 +77,7 @@ class CoOpImageClassificationPipeline(Pipeline):
         """An image of any kind, as the model takes it."""
         is_url = isinstance(image, str) and image.startswith(("http://", "https://"))
         image = load_image(image, timeout=timeout) if is_url else decode_image(image)
-        inputs = eval_transform(self.model.image_processor)(image)
+        inputs = eval_transform(self.model.image_processor, self.model.config.original_crop)(image)
         inputs = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
         return {key: value[None] for key, value in inputs.items()}
 

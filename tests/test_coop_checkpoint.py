@@ -684,7 +684,7 @@ def test_read_as_an_adapter_is(tokenizer, base, tmp_path):
     context = write_checkpoint(tmp_path / "c", tokenizer, base, class_specific=True)
     embedding = base.text_model.embeddings.token_embedding.weight
     config, tensors = checkpoint_to_adapter(read_coop_checkpoint(tmp_path / "c"), embedding, tokenizer, NAMES, "front")
-    assert config == CoOpConfig(4, "front", True, class_names=NAMES, merge_full_stop=True)
+    assert config == CoOpConfig(4, "front", True, class_names=NAMES, merge_full_stop=True, original_crop=True)
     assert list(tensors) == ["prompt_embeddings"] and torch.equal(tensors["prompt_embeddings"], context)
     write_adapter(tmp_path / "a", config, tensors)
     assert read_adapter(tmp_path / "a")[0] == config

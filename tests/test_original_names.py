@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import image_dataset, picture
-from test_coop_checkpoint import write_checkpoint
+from test_coop_checkpoint import NAMES, write_checkpoint
 from test_trainer import arguments
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, LabelledImages
@@ -21,6 +21,7 @@ from coop_hf.core.layout import encode_words, make_layout, tokenize_texts
 from coop_hf.core.packing import first_fit
 from coop_hf.data.few_shot import resolve_labels, sample_few_shot
 from coop_hf.data.sources import as_dataset, read_coop_split, read_few_shot_indices
+from coop_hf.data.transforms import eval_transform
 from coop_hf.pipeline import CoOpImageClassificationPipeline
 from coop_hf.training.metrics import classification_scores, make_compute_metrics
 
@@ -367,3 +368,21 @@ def test_very_many_classes():
     assert time.process_time() - before < 10
     assert sorted(item for own in bins for item in own) == list(range(200_000))
     assert max(sum(lengths[i] for i in own) for own in bins) <= 64
+
+
+def test_imported_checkpoints_crop_as_the_original_did(tokenizer, processor, base, tmp_path):
+    """29 x 20 pixels are resized to 23 x 16; of the 7 columns left over, torchvision leaves 4 on the left, and the
+    processor 3 (7 / 2 rounded to even, and down)."""
+    write_checkpoint(tmp_path / "model.pth.tar-50", tokenizer, base)
+    model = CoOpModel.from_coop_checkpoint(tmp_path / "model.pth.tar-50", base, NAMES, processor=processor)
+    assert model.config.original_crop
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = CoOpModel.from_pretrained(tmp_path / "adapter", base_model=base, processor=processor)
+    image = picture(3, (29, 20))
+    own, original = (eval_transform(processor, original=flag)(image)[None] for flag in (False, True))
+    assert not torch.equal(own, original)
+    for each in (model, loaded):
+        scores = {entry["label"]: entry["score"] for entry in each.predict(image, top_k=None)}
+        expected = each(pixel_values=original).logits.softmax(-1)[0].tolist()
+        assert [scores[name] for name in NAMES] == pytest.approx(expected, abs=1e-6)
+    assert "original_crop" not in CoOpConfig(n_ctx=4).to_json()

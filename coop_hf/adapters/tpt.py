@@ -159,7 +159,11 @@ def _embed_views(model: Any, views: Tensor, batch_size: int) -> Tensor:
 def _embed_images(model: Any, images: Any, indices: range, num_views: int, seed: int, batch_size: int) -> Tensor:
     augment = train_transform(model.image_processor, resample=PIL.Image.Resampling.BILINEAR)
     make = functools.partial(
-        _make_views, plain=eval_transform(model.image_processor), augment=augment, num_views=num_views, seed=seed
+        _make_views,
+        plain=eval_transform(model.image_processor, model.config.original_crop),
+        augment=augment,
+        num_views=num_views,
+        seed=seed,
     )
     rows = []
     for index in indices:

@@ -87,7 +87,11 @@ def checkpoint_to_adapter(
             )
     elif class_specific and check_base:
         _check_names(checkpoint, names, embedding, tokenizer)
-    options: dict[str, Any] = {"class_names": names, **({} if template is None else {"template": template})}
+    options: dict[str, Any] = {
+        "class_names": names,
+        "original_crop": True,
+        **({} if template is None else {"template": template}),
+    }
     if context is not None:
         options["n_ctx"] = context.shape[-2]
     if method == "coop":

@@ -91,7 +91,7 @@ class CoOpTrainer(Trainer):
             "label_column": args.label_column,
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "on_bad_image": args.on_bad_image,
-            "original": args.recipe == "paper",
+            "original": args.recipe == "paper" or model.config.original_crop,
         }
         self.about: dict = {}
         self._measured: dict = {}
