@@ -117,6 +117,7 @@ def test_pull(here, base, processor, tmp_path, endpoint, lfs):  # noqa: F811
 BASE_FILES = ("config.json", "model.safetensors")
 
 
+@pytest.mark.slow  # its outcome depends on the time that the machine takes
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 @pytest.mark.parametrize("file", BASE_FILES)
 def test_pull_of_a_base(here, base, processor, base_folder, tmp_path, file, method):  # noqa: F811
