@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .objectives import get_objective
+from .objectives import get_objective, scaled_class_weights
 
 
 __all__ = ["CoOpTrainingArguments", "PAPER_RECIPES", "PAPER_WARMUP_LR", "RECIPES", "get_recipe", "paper_epochs"]
@@ -135,6 +136,14 @@ class CoOpTrainingArguments(TrainingArguments):
         label_column (`str`, *optional*, defaults to `"label"`): column of the labels.
         on_bad_image (`str`, *optional*, defaults to `"raise"`): `"raise"` or `"skip"` unreadable images.
         text_chunk_size (`int`, *optional*): see [`CoOpModel`].
+        class_weights (`"balanced"`, `list[float]` or JSON `str`, *optional*):
+            What an image's loss is multiplied by, for each class: numbers of at least 0 in the order of the class
+            names, or `"balanced"`, which is 1 / the number of the class's training images. They are scaled so that
+            their mean over the training images is 1, and the learning rate means what it meant. `eval_loss` goes
+            without.
+        balanced_sampling (`bool`, *optional*, defaults to `False`):
+            Whether an epoch holds as many rows of each class: rows of small classes come again, those of large ones
+            take turns from epoch to epoch. A function of seed and epoch alone.
 
     Raises:
         ValueError: an unknown recipe, or arguments that exclude each other.
@@ -165,6 +174,10 @@ class CoOpTrainingArguments(TrainingArguments):
     text_chunk_size: int | None = field(
         default=None, metadata={"help": "Classes computed at a time; bounds memory for many classes."}
     )
+    class_weights: list[float] | str | None = field(
+        default=None, metadata={"help": "'balanced', or a weight of the loss for each class, as JSON."}
+    )
+    balanced_sampling: bool = field(default=False, metadata={"help": "As many rows of each class in an epoch."})
 
     # Set by the recipe where they are None.
     num_train_epochs: float | None = field(default=None, metadata={"help": "Defaults to the recipe's."})
@@ -200,6 +213,15 @@ class CoOpTrainingArguments(TrainingArguments):
             raise ValueError("`augment` is for cache_features=False; with cached embeddings set `num_views`.")
         if self.objective_kwargs is not None and isinstance(self.objective_kwargs, str):
             self.objective_kwargs = json.loads(self.objective_kwargs)
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            try:
+                self.class_weights = json.loads(self.class_weights)
+            except ValueError:
+                raise ValueError(
+                    f"`class_weights` must be 'balanced' or a list of numbers, got {self.class_weights!r}."
+                ) from None
+        if self.class_weights is not None and self.balanced_sampling:
+            raise ValueError("`class_weights` and `balanced_sampling` correct the same thing twice: leave one out.")
         if self.objective is not None:
             self.get_objective()  # a wrong name or keyword is told now
         if (self.average_mean is None) != (self.average_std is None) or (self.average_std or 1) <= 0:
@@ -235,11 +257,17 @@ class CoOpTrainingArguments(TrainingArguments):
         self.is_adam_l2 = recipe.get("is_adam_l2", False) and self.optim == self._taken.get("optim")
         return recipe
 
-    def get_objective(self) -> Callable:
-        """The objective with its keyword arguments and the label smoothing."""
+    def get_objective(self, counts: np.ndarray | None = None) -> Callable:
+        """The objective with its keyword arguments, the label smoothing and the class weights.
+
+        Args:
+            counts (`np.ndarray`, *optional*): training images of each class; without, the weights are left out.
+        """
         kwargs: dict[str, Any] = dict(self.objective_kwargs or {})  # type: ignore[arg-type]
         if self.label_smoothing_factor:
             kwargs["label_smoothing"] = self.label_smoothing_factor
+        if self.class_weights is not None:
+            kwargs["class_weights"] = None if counts is None else scaled_class_weights(self.class_weights, counts)
         return get_objective(self.objective or "cross_entropy", **kwargs)
 
     def to_dict(self) -> dict:
@@ -303,6 +331,10 @@ class CoOpTrainingArguments(TrainingArguments):
             "precision": "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32",
             "processes": self.world_size,
         }
+        if self.class_weights is not None:
+            values["class weights"] = self.class_weights
+        if self.balanced_sampling:
+            values["sampling"] = "balanced over classes"
         if self.average_mean is not None:
             values["weights"] = f"mean over epochs, Gaussian ({self.average_mean:g}, {self.average_std:g})"
         return {"seed": self.seed, "hyperparameters": values, "hardware": _hardware(self.device)}

@@ -28,10 +28,18 @@ class Epochs(Dataset):
         seed (`int`): seed of the order.
         frozen (`torch.Tensor`, *optional*): `(num_views, len(dataset), projection_dim)`, what the frozen image tower
             gives for view e mod num_views, handed out beside the pixels.
+        labels (`np.ndarray`, *optional*): `(len(dataset),)`; then an epoch holds as many rows of each class.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, seed: int, frozen: torch.Tensor | None = None):
-        self.dataset, self.seed, self.frozen = dataset, seed, frozen
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int,
+        frozen: torch.Tensor | None = None,
+        labels: np.ndarray | None = None,
+    ):
+        self.dataset, self.seed, self.frozen, self.labels = dataset, seed, frozen, labels
         self.size = max(1, len(dataset) // batch_size) * batch_size
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are running see it, too
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -43,6 +51,23 @@ class Epochs(Dataset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
+    def _draw(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, `(len(dataset),)`."""
+        rng = np.random.default_rng([self.seed, epoch])
+        size = len(self.dataset)
+        if self.labels is None:
+            return rng.permutation(size)
+        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels[self.labels >= 0])]
+        # What does not divide goes to other classes in each epoch.
+        shares = np.full(len(classes), size // len(classes))
+        shares[rng.permutation(len(classes))[: size % len(classes)]] += 1
+        rows = [
+            # Whole rounds through the class's rows, then a part of one.
+            np.concatenate([np.repeat(own, share // len(own)), rng.permutation(own)[: share % len(own)]])
+            for own, share in zip(classes, shares)
+        ]
+        return rng.permutation(np.concatenate(rows))
+
     def __len__(self) -> int:
         return self.size
 
@@ -52,7 +77,7 @@ class Epochs(Dataset):
     def __getitems__(self, indices: list[int]) -> Any:
         epoch, size = int(self._epoch), len(self.dataset)
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(size))
+            self._order = (epoch, self._draw(epoch))
         rows = [int(self._order[1][index % size]) for index in indices]
         if hasattr(self.dataset, "__getitems__"):
             batch = self.dataset.__getitems__(rows)

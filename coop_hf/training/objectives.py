@@ -12,12 +12,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..baselines.zero_shot import IMAGENET_80_TEMPLATES
+from ..checks import shown
 from ..core.class_prompts import ClassPrompts
 from ..core.layout import fill_template, tokenize_texts
 
@@ -130,35 +132,56 @@ def _mean_template_embeds(model: Any, templates: Sequence[str]) -> Tensor:
     return F.normalize(total, dim=-1)
 
 
-def _mean(losses: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the images that count, of losses `(batch,)`."""
+def _mean(losses: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Mean over the images that count, of losses `(batch,)`, each times the weight of its class."""
     counts = labels.ne(-100)
+    if class_weights is not None:
+        losses = losses * class_weights.to(losses.device)[labels.clamp_min(0)]
     return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp_min(1)
 
 
-def cross_entropy(output: Any, labels: Tensor, frozen: Any = None, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    output: Any,
+    labels: Tensor,
+    frozen: Any = None,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """-log p of the true class (CoOp, https://arxiv.org/abs/2109.01134, equation 3).
 
     Args:
         output, labels, frozen: see the module.
         label_smoothing (`float`, *optional*, defaults to 0): share of the target that is spread over all classes.
+        class_weights (`torch.Tensor`, *optional*): `(num_classes,)`; an image's loss is multiplied by that of its
+            class. It is divided by the number of images, and not, as in torch, by the sum of their weights, which
+            differs from batch to batch: parts of a batch add up to the whole.
     """
+    if class_weights is not None:
+        losses = F.cross_entropy(output.logits, labels, reduction="none", label_smoothing=label_smoothing)
+        return _mean(losses, labels, class_weights)
     total = F.cross_entropy(output.logits, labels, reduction="sum", label_smoothing=label_smoothing)
     return total / labels.ne(-100).sum().clamp_min(1)
 
 
-def kgcoop(output: Any, labels: Tensor, frozen: Frozen, weight: float = 8.0, label_smoothing: float = 0.0) -> Tensor:
+def kgcoop(
+    output: Any,
+    labels: Tensor,
+    frozen: Frozen,
+    weight: float = 8.0,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy + weight · mean_c(1 - cos(t_c, t⁰_c)) (KgCoOp, https://arxiv.org/abs/2303.13283).
 
     As the public code has it; the paper's squared distance of normalised embeddings is twice 1 - cos.
 
     Args:
-        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+        output, labels, frozen, label_smoothing, class_weights: see [`cross_entropy`].
         weight (`float`, *optional*, defaults to 8): λ.
     """
     distance = (1 - F.cosine_similarity(output.text_embeds, frozen.text_embeds, dim=-1)).mean(dim=-1)
     distance = _mean(distance, labels) if distance.dim() else distance  # class embeddings for each image
-    return cross_entropy(output, labels, label_smoothing=label_smoothing) + weight * distance
+    return cross_entropy(output, labels, None, label_smoothing, class_weights) + weight * distance
 
 
 def prograd(
@@ -168,6 +191,7 @@ def prograd(
     weight: float = 1.0,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy whose gradient keeps to what the frozen model knows (ProGrad, https://arxiv.org/abs/2205.14865).
 
@@ -178,11 +202,11 @@ def prograd(
     Returns a loss whose value is the cross-entropy and whose gradient is the projected one.
 
     Args:
-        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+        output, labels, frozen, label_smoothing, class_weights: see [`cross_entropy`].
         weight (`float`, *optional*, defaults to 1): λ.
         temperature (`float`, *optional*, defaults to 1): T.
     """
-    loss = cross_entropy(output, labels, label_smoothing=label_smoothing)
+    loss = cross_entropy(output, labels, None, label_smoothing, class_weights)
     if not loss.requires_grad:
         return loss
     target = (frozen.logits / temperature).softmax(dim=-1)
@@ -205,6 +229,7 @@ def promptsrc(
     logit_weight: float = 1.0,
     templates: Sequence[str] = PROMPTSRC_TEMPLATES,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy + text_weight · mean|t - t⁰| + image_weight · mean|v - v⁰| + logit_weight · mean_c KL(p⁰‖p).
 
@@ -213,7 +238,7 @@ def promptsrc(
     templates, in p⁰ too.
 
     Args:
-        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+        output, labels, frozen, label_smoothing, class_weights: see [`cross_entropy`].
         text_weight, image_weight, logit_weight (`float`, *optional*, default to 25, 10 and 1): of the three terms.
         templates (`list[str]`, *optional*, defaults to the public code's 60): empty for the adapter's own alone.
     """
@@ -223,27 +248,33 @@ def promptsrc(
     image = _mean((output.image_embeds - frozen.image_embeds).abs().mean(dim=-1), labels)
     log_p, log_p0 = output.logits.log_softmax(dim=-1), frozen.scores(text_embeds).log_softmax(dim=-1)
     divergence = _mean((log_p0.exp() * (log_p0 - log_p)).mean(dim=-1), labels)
-    loss = cross_entropy(output, labels, label_smoothing=label_smoothing)
+    loss = cross_entropy(output, labels, None, label_smoothing, class_weights)
     return loss + text_weight * text + image_weight * image + logit_weight * divergence
 
 
-def sigmoid(output: Any, labels: Tensor, frozen: Any = None) -> Tensor:
+def sigmoid(output: Any, labels: Tensor, frozen: Any = None, class_weights: Tensor | None = None) -> Tensor:
     """-Σ_c log σ(±logit_c), + for the true class (SigLIP, https://arxiv.org/abs/2303.15343), bias included.
 
     Args:
-        output, labels, frozen: see [`cross_entropy`].
+        output, labels, frozen, class_weights: see [`cross_entropy`].
     """
     signs = 2 * F.one_hot(labels.clamp_min(0), output.logits.shape[-1]) - 1
-    return _mean(-F.logsigmoid(signs * output.logits).sum(dim=-1), labels)
+    return _mean(-F.logsigmoid(signs * output.logits).sum(dim=-1), labels, class_weights)
 
 
-def clap(output: Any, labels: Tensor, frozen: Frozen, label_smoothing: float = 0.0) -> Tensor:
+def clap(
+    output: Any,
+    labels: Tensor,
+    frozen: Frozen,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy + mean_c λ_c ‖w_c - t⁰_c‖², of the head that learns (CLAP, https://arxiv.org/abs/2312.12730).
 
     Args:
-        output, labels, frozen, label_smoothing: see [`cross_entropy`].
+        output, labels, frozen, label_smoothing, class_weights: see [`cross_entropy`].
     """
-    return cross_entropy(output, labels, label_smoothing=label_smoothing) + frozen.penalty
+    return cross_entropy(output, labels, None, label_smoothing, class_weights) + frozen.penalty
 
 
 # Read by the trainer: gradients of the whole batch are needed at once; the frozen image tower is asked.
@@ -251,6 +282,31 @@ prograd.needs_whole_batch = True  # type: ignore[attr-defined]
 prograd.needs_frozen_images = promptsrc.needs_frozen_images = True  # type: ignore[attr-defined]
 
 OBJECTIVES: dict[str, Callable] = {f.__name__: f for f in (clap, cross_entropy, kgcoop, prograd, promptsrc, sigmoid)}
+
+
+def scaled_class_weights(class_weights: str | Sequence[float], counts: np.ndarray) -> Tensor:
+    """Weights of the classes `(num_classes,)`, fp32, whose mean over the training images is 1.
+
+    Args:
+        class_weights (`str` or `list[float]`): `"balanced"`, which is 1 / count, or a number for each class.
+        counts (`np.ndarray`): training images of each class, `(num_classes,)`.
+
+    Raises:
+        ValueError: neither, or not one number of at least 0 for each class, or all images at 0.
+    """
+    if isinstance(class_weights, str):
+        weights = 1 / np.maximum(counts, 1)
+    else:
+        weights = np.asarray(class_weights)
+        if weights.shape != counts.shape or weights.dtype.kind not in "iuf" or not (weights >= 0).all():
+            raise ValueError(
+                f"`class_weights` must be 'balanced' or {len(counts)} numbers of at least 0, one for each class in "
+                f"the order of the class names; got {shown(class_weights)}."
+            )
+    total = (weights * counts).sum()
+    if not 0 < total < np.inf:
+        raise ValueError(f"`class_weights` leave no image a weight: got {shown(class_weights)}.")
+    return torch.from_numpy(weights * counts.sum() / total).float()
 
 
 def get_objective(objective: str | Callable, **kwargs: Any) -> Callable:

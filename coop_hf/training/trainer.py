@@ -102,6 +102,7 @@ class CoOpTrainer(Trainer):
         self.average: GaussianAverage | None = None
         # An adapter that changes the image tower needs the pixels at every step.
         self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
+        counts = None
         given = (_embedding_size(model), model.config.method, self._is_cached)
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
@@ -111,7 +112,7 @@ class CoOpTrainer(Trainer):
             _check_objective(args, self._is_cached)
         elif args.per_device_train_batch_size is None:
             args.complete(1, 1, 1, *given)
-        self.objective = args.get_objective()
+        self.objective = args.get_objective(counts)
         if isinstance(eval_dataset, dict) and not hasattr(eval_dataset, "set_epoch"):
             eval_dataset = {name: self._as_images(part, model) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -205,7 +206,8 @@ class CoOpTrainer(Trainer):
             asks = getattr(self.objective, "needs_frozen_images", False) and args.cache_features
             if asks and self.model.adapter.prompts_image_tower:
                 frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
-        self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen)
+        labels = _labels(self.train_dataset) if args.balanced_sampling else None
+        self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen, labels)
         return self._get_dataloader(self.epochs, "Training", self._train_batch_size, SequentialSampler, True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -484,11 +486,16 @@ def _embedding_size(model: CoOpModel) -> float:
         return embedding.weight.float().pow(2).mean().sqrt().item()
 
 
-def _class_counts(dataset: Any, class_names: list[str], strict: bool = True) -> np.ndarray:
-    """Images of each class, `(num_classes,)`; a class without any is refused."""
-    labels = np.asarray(
+def _labels(dataset: Any) -> np.ndarray:
+    """The class index of each item."""
+    return np.asarray(
         dataset.labels if hasattr(dataset, "labels") else [dataset[i]["labels"] for i in range(len(dataset))]
     )
+
+
+def _class_counts(dataset: Any, class_names: list[str], strict: bool = True) -> np.ndarray:
+    """Images of each class, `(num_classes,)`; a class without any is refused."""
+    labels = _labels(dataset)
     counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
     if strict and (counts == 0).any():
         empty = [repr(class_names[c]) for c in np.flatnonzero(counts == 0)]
