@@ -91,7 +91,7 @@ def test_a_weighted_step_whatever_the_accumulation(base, processor, tmp_path, ac
 
 def test_balanced_epochs():
     data = long_tail()
-    epochs = Epochs(data, batch_size=6, seed=3, labels=data.labels.numpy())
+    epochs = Epochs(data, batch_size=6, seed=3, is_balanced=True)
     seen = np.zeros((40, 18), dtype=int)
     for epoch in range(40):
         epochs.begin(epoch)
@@ -100,7 +100,7 @@ def test_balanced_epochs():
         np.add.at(seen[epoch], rows, 1)
         assert np.bincount(data.labels.numpy()[rows]).tolist() == [6, 6, 6]
         assert seen[epoch, :12].max() == 1 and seen[epoch, 12:17].max() == 2 and seen[epoch, 17] == 6
-        again = Epochs(data, batch_size=6, seed=3, labels=data.labels.numpy())._draw(epoch)
+        again = Epochs(data, batch_size=6, seed=3, is_balanced=True)._draw(epoch)
         assert np.array_equal(again, rows)  # of seed and epoch alone: any process, any resume
     assert seen.sum(axis=0)[:12].min() >= 10  # 20 on average: large classes take turns
     assert len({tuple(row) for row in seen}) > 30
@@ -108,7 +108,7 @@ def test_balanced_epochs():
 
 def test_balanced_epochs_of_a_size_that_does_not_divide_and_unlabelled_rows():
     labels = np.array([0] * 7 + [1] * 2 + [2] * 2 + [-100] * 9)
-    epochs = Epochs(EmbeddedImages(torch.zeros(20, 4), labels), 4, 0, labels=labels)
+    epochs = Epochs(EmbeddedImages(torch.zeros(20, 4), labels), 4, 0, is_balanced=True)
     totals = np.zeros(3, dtype=int)
     for epoch in range(60):
         counts = np.bincount(labels[epochs._draw(epoch)], minlength=3)
@@ -119,7 +119,7 @@ def test_balanced_epochs_of_a_size_that_does_not_divide_and_unlabelled_rows():
 
 def test_training_with_balanced_epochs(base, processor, tmp_path):
     data, model = long_tail(), make_model(base, processor)
-    rows = Epochs(data, 18, 7, labels=data.labels.numpy())._draw(0)
+    rows = Epochs(data, 18, 7, is_balanced=True)._draw(0)
     loss = model(image_embeds=data.image_embeds[0, rows], labels=data.labels[rows]).loss
     expected = torch.autograd.grad(loss, model.context)[0]
     step = one_step(model, tmp_path, data, balanced_sampling=True, seed=7)

@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from ..checks import check_class_names, clean_class_name, some
 
 
-__all__ = ["check_labels", "coop_few_shot_rows", "resolve_labels", "sample_few_shot"]
+__all__ = ["check_labels", "class_counts", "coop_few_shot_rows", "labels_of", "resolve_labels", "sample_few_shot"]
 
 DRAWS = ("nested", "coop")
 
@@ -87,6 +88,30 @@ def check_labels(labels: np.ndarray, num_classes: int | None = None, where: str 
             f"({len(outside)} of {len(labels)} are outside). Correct the labels, leave these images out, or name all "
             "classes as `class_names=`."
         )
+
+
+def labels_of(dataset: Any) -> np.ndarray:
+    """The class index of each item of a data set that gives `labels`, `(num_items,)`."""
+    return np.asarray(
+        dataset.labels if hasattr(dataset, "labels") else [dataset[i]["labels"] for i in range(len(dataset))]
+    )
+
+
+def class_counts(dataset: Any, class_names: Sequence[str], strict: bool = True) -> np.ndarray:
+    """Images of each class, `(num_classes,)`.
+
+    Raises:
+        ValueError: with `strict`, a class without any.
+    """
+    labels = labels_of(dataset)
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+    if strict and (counts == 0).any():
+        empty = [class_names[c] for c in np.flatnonzero(counts == 0)]
+        raise ValueError(
+            f"{len(empty)} of {len(counts)} classes have no image in the training set: {some(empty, 10)}. Add images, "
+            "or leave these classes out of the class names while training."
+        )
+    return counts
 
 
 def resolve_labels(

@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from ..data.few_shot import labels_of
+
 
 __all__ = ["EpochCallback", "Epochs", "GaussianAverage", "epoch_cosine"]
 
@@ -28,7 +30,7 @@ class Epochs(Dataset):
         seed (`int`): seed of the order.
         frozen (`torch.Tensor`, *optional*): `(num_views, len(dataset), projection_dim)`, what the frozen image tower
             gives for view e mod num_views, handed out beside the pixels.
-        labels (`np.ndarray`, *optional*): `(len(dataset),)`; then an epoch holds as many rows of each class.
+        is_balanced (`bool`, *optional*, defaults to `False`): whether an epoch holds as many rows of each class.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Epochs(Dataset):
         batch_size: int,
         seed: int,
         frozen: torch.Tensor | None = None,
-        labels: np.ndarray | None = None,
+        is_balanced: bool = False,
     ):
-        self.dataset, self.seed, self.frozen, self.labels = dataset, seed, frozen, labels
+        self.dataset, self.seed, self.frozen = dataset, seed, frozen
+        self.labels = labels_of(dataset) if is_balanced else None
         self.size = max(1, len(dataset) // batch_size) * batch_size
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are running see it, too
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))

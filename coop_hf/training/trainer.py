@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..data.feature_cache import EmbeddedImages, embed_images
-from ..data.few_shot import check_labels
+from ..data.few_shot import check_labels, class_counts
 from ..data.labelled_images import LabelledImages, collate
 from ..files.model_card import write_card
 from ..files.publish import push_to_hub
@@ -107,7 +107,7 @@ class CoOpTrainer(Trainer):
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
             train_dataset = self._as_images(train_dataset, model, augment=augment)
-            counts = _class_counts(train_dataset, model.class_names or [])
+            counts = class_counts(train_dataset, model.class_names or [])
             args.complete(len(train_dataset), int(counts.max()), len(counts), *given)
             _check_objective(args, self._is_cached)
         elif args.per_device_train_batch_size is None:
@@ -206,8 +206,7 @@ class CoOpTrainer(Trainer):
             asks = getattr(self.objective, "needs_frozen_images", False) and args.cache_features
             if asks and self.model.adapter.prompts_image_tower:
                 frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
-        labels = _labels(self.train_dataset) if args.balanced_sampling else None
-        self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen, labels)
+        self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen, args.balanced_sampling)
         return self._get_dataloader(self.epochs, "Training", self._train_batch_size, SequentialSampler, True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -338,7 +337,7 @@ class CoOpTrainer(Trainer):
         """What is known about the training, as a model card tells it; see `coop_hf.files.model_card.make_card`."""
         summary = {**self.args.describe(self.state.global_step), **self._measured, **self.about}
         if self.train_dataset is not None:
-            counts = _class_counts(self.train_dataset, self.model.class_names, strict=False)
+            counts = class_counts(self.train_dataset, self.model.class_names, strict=False)
             summary["num_train"] = len(self.train_dataset)
             if counts.min() == counts.max():
                 summary["shots"] = int(counts.max())
@@ -484,27 +483,6 @@ def _embedding_size(model: CoOpModel) -> float:
     embedding = model.family.token_embedding
     with torch.no_grad(), align_module_device(embedding):
         return embedding.weight.float().pow(2).mean().sqrt().item()
-
-
-def _labels(dataset: Any) -> np.ndarray:
-    """The class index of each item."""
-    return np.asarray(
-        dataset.labels if hasattr(dataset, "labels") else [dataset[i]["labels"] for i in range(len(dataset))]
-    )
-
-
-def _class_counts(dataset: Any, class_names: list[str], strict: bool = True) -> np.ndarray:
-    """Images of each class, `(num_classes,)`; a class without any is refused."""
-    labels = _labels(dataset)
-    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
-    if strict and (counts == 0).any():
-        empty = [repr(class_names[c]) for c in np.flatnonzero(counts == 0)]
-        raise ValueError(
-            f"{len(empty)} of {len(counts)} classes have no image in the training set: "
-            f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}. Add images, or leave these classes out of "
-            "the class names while training."
-        )
-    return counts
 
 
 def _check_objective(args: CoOpTrainingArguments, is_cached: bool) -> None:
