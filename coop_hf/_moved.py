@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    import torch
 
 
 # Old module -> the new ones that hold its names; the first also runs with `python -m`.
@@ -108,12 +109,15 @@ def check_base_model(base_model: Any) -> None:
 
 def prompt_embeddings(
     text_model: Any,
-    tokens: torch.Tensor,
-    context: torch.Tensor | None,
-    positions: torch.Tensor | None = None,
-    class_index: torch.Tensor | None = None,
-) -> torch.Tensor:
+    tokens: "torch.Tensor",
+    context: "torch.Tensor | None",
+    positions: "torch.Tensor | None" = None,
+    class_index: "torch.Tensor | None" = None,
+) -> "torch.Tensor":
     """Token plus position embeddings of CLIP's text tower, `(rows, length, dim)`, with context in slots -1 - k."""
+    import torch
+    from torch.nn import functional as F
+
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     embeddings = text_model.embeddings.token_embedding(tokens.clamp_min(0))

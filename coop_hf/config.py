@@ -1,6 +1,7 @@
 """What one adapter is: dataclasses that read and write `adapter_config.json`, one for each method."""
 
 import dataclasses
+import importlib
 import json
 import os
 import warnings
@@ -176,6 +177,10 @@ class PromptConfig:
         if not isinstance(values, dict):
             raise ValueError(f"an adapter configuration must be a JSON object, got {type(values).__name__}.")
         method = values.get("method", "coop")
+        if method not in ("coop", *CONFIGS):
+            importlib.import_module(
+                f"{__package__}.adapters"
+            )  # the methods register themselves when they are imported
         if not isinstance(method, str) or method not in CONFIGS:
             raise ValueError(
                 f"this adapter is of the method {shown(method)}, and coop_hf {__version__} knows "
