@@ -106,7 +106,7 @@ def class_counts(dataset: Any, class_names: Sequence[str], strict: bool = True) 
     labels = labels_of(dataset)
     counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
     if strict and (counts == 0).any():
-        empty = [class_names[c] for c in np.flatnonzero(counts == 0)]
+        empty = [class_names[int(c)] for c in np.flatnonzero(counts == 0)]
         raise ValueError(
             f"{len(empty)} of {len(counts)} classes have no image in the training set: {some(empty, 10)}. Add images, "
             "or leave these classes out of the class names while training."
