@@ -1,4 +1,5 @@
 import logging
+import multiprocessing
 import os
 
 import datasets
@@ -7,9 +8,18 @@ import PIL.Image
 import pytest
 import torch
 from family_kit import FAMILIES, family_images, fresh_family, make_family
+from safetensors import safe_open
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from coop_hf import CoOpModel, EmbeddedImages, LabelledImages, embed_images
+from coop_hf import (
+    CoOpModel,
+    CoOpTrainer,
+    CoOpTrainingArguments,
+    EmbeddedImages,
+    LabelledImages,
+    embed_images,
+)
 from coop_hf.data.feature_cache import FeatureCache, default_cache_dir
 from coop_hf.data.few_shot import check_labels
 from coop_hf.data.transforms import train_transform
@@ -162,7 +172,7 @@ def test_damaged_it_says_so_and_is_rebuilt(model, processor, tmp_path, caplog, d
     assert "damaged" in caplog.text and str(path) in caplog.text
 
 
-def test_a_file_that_is_removed_while_it_is_read_is_computed_again(model, processor, tmp_path, monkeypatch, caplog):
+def test_a_file_that_is_removed_while_it_is_read_does_no_harm(model, processor, tmp_path, monkeypatch):
     monkeypatch.setattr("coop_hf.data.feature_cache._FILE_ROWS", 4)
     images = labelled(pictures(10), processor)
     good = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
@@ -175,8 +185,144 @@ def test_a_file_that_is_removed_while_it_is_read_is_computed_again(model, proces
 
     monkeypatch.setattr(FeatureCache, "get", clear_first)
     again = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    assert torch.equal(again, good)
+
+
+def test_a_row_that_is_damaged_after_the_file_was_opened_is_computed_again(
+    model, processor, tmp_path, monkeypatch, caplog
+):
+    images = labelled(pictures(10), processor)
+    good = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
+    monkeypatch.setattr("coop_hf.data.feature_cache._SAMPLED_ROWS", 2)
+    (path,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4  # neither in the first nor in the last row
+    path.write_bytes(content)
+    again = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
     torch.testing.assert_close(again, good, rtol=1e-5, atol=1e-6)
-    assert caplog.text.count("went away") == 2
+    assert "damaged (checksum does not fit)" in caplog.text and not path.exists()
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Every set gets a file of its own, put together from pieces of four."""
+    monkeypatch.setattr("coop_hf.data.feature_cache._MAPPED_BYTES", 1)
+    monkeypatch.setattr("coop_hf.data.feature_cache._FILE_ROWS", 4)
+
+
+@pytest.mark.parametrize("views", [None, 3])
+def test_a_large_set_is_one_file_that_a_second_run_only_maps(
+    model, processor, tmp_path, mapped, monkeypatch, counted, views
+):
+    data = pictures(10)
+    first = embed_images(model, labelled(data, processor), views, cache_dir=tmp_path, batch_size=3, progress=False)
+    (path,) = tmp_path.rglob("*.safetensors")  # the pieces are gone
+    assert path.name.startswith("set-") and sum(counted) == 10 * (views or 1)
+    with safe_open(path, framework="pt") as file:  # an ordinary safetensors file
+        assert torch.equal(file.get_tensor("features"), first.flatten(0, 1))
+    for view in range(views or 1):
+        expected = direct(model, labelled(data, processor), None if views is None else view)
+        torch.testing.assert_close(first[view], expected, rtol=1e-5, atol=1e-6)
+    before = sum(counted)
+    for name in ("content_keys", "view_key", "view"):  # nothing is read, image by image
+        monkeypatch.delattr(LabelledImages, name)
+    second = embed_images(model, labelled(data, processor), views, cache_dir=tmp_path, progress=False)
+    assert torch.equal(first, second) and sum(counted) == before
+
+
+def test_what_is_in_the_file_of_a_large_set_serves_others(model, processor, tmp_path, mapped, counted):
+    data = pictures(10)
+    whole = embed_images(model, labelled(data, processor), cache_dir=tmp_path, progress=False)
+    part = embed_images(model, labelled(data.select([7, 0, 7, 3]), processor), cache_dir=tmp_path, progress=False)
+    assert torch.equal(part[0], whole[0, [7, 0, 7, 3]]) and sum(counted) == 10
+    more = datasets.concatenate_datasets([data, pictures(3, seed=5)])
+    embed_images(model, labelled(more, processor), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 13
+
+
+def test_a_damaged_file_of_a_large_set_is_made_again(model, processor, tmp_path, mapped, caplog, counted):
+    images = labelled(pictures(10), processor)
+    good = embed_images(model, images, cache_dir=tmp_path, progress=False).clone()
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    again = embed_images(model, images, cache_dir=tmp_path, progress=False)
+    assert torch.equal(good, again) and "damaged" in caplog.text and sum(counted) == 20
+
+
+def test_a_large_set_of_files_follows_their_changes(model, processor, tmp_path, mapped, counted):
+    paths = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for path, image in zip(paths, pictures(4)["image"]):
+        image.save(path)
+    dataset = datasets.Dataset.from_dict({"image": paths, "label": [0, 1, 2, 0]})
+    for data in (dataset, dataset.cast_column("image", datasets.Image())):
+        embed_images(model, labelled(data, processor, class_names=["a", "b", "c"]), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 4
+    PIL.Image.new("RGB", (20, 20), "blue").save(paths[2])
+    embed_images(model, labelled(data, processor, class_names=["a", "b", "c"]), cache_dir=tmp_path, progress=False)
+    assert sum(counted) == 5
+
+
+def test_a_large_set_without_room_is_kept_in_memory(model, processor, tmp_path, mapped, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coop_hf.data.feature_cache._header", refuse)
+    images = labelled(pictures(10), processor)
+    result = embed_images(model, images, cache_dir=tmp_path, progress=False)
+    torch.testing.assert_close(result[0], direct(model, images), rtol=1e-5, atol=1e-6)
+    assert "No space left" in caplog.text and not list(tmp_path.rglob("*set-*"))
+
+
+def test_skipped_images_and_other_augmentations_have_other_files(model, processor, tmp_path, mapped):
+    data = pictures(4)
+    keys = [labelled(data, processor).set_key(views) for views in (None, 1, 2)]
+    keys += [labelled(data, processor, seed=1).set_key(1), labelled(data.select([1, 0, 2, 3]), processor).set_key()]
+    keys.append(labelled(data, processor, transform=train_transform(processor, flip=False)).set_key(1))
+    skipping = labelled(data, processor)
+    skipping.rows, skipping.skipped = skipping.rows[1:], [0]
+    keys.append(skipping.set_key())
+    assert len(set(keys)) == 7 and labelled(pictures(4), processor).set_key() == keys[0]
+
+
+def test_workers_give_the_same_bits_and_start_by_themselves(model, processor, tmp_path, monkeypatch):
+    images = labelled(pictures(6), processor)
+    alone = embed_images(model, images, cache_dir=tmp_path / "a", num_workers=0, batch_size=2, progress=False)
+    asked = []
+
+    def loader(*args, num_workers, **kwargs):
+        asked.append(num_workers)
+        return DataLoader(*args, num_workers=num_workers, **kwargs)
+
+    monkeypatch.setattr("coop_hf.data.feature_cache.DataLoader", loader)
+    embed_images(model, images, cache_dir=tmp_path / "b", batch_size=2, progress=False)
+    monkeypatch.setattr("coop_hf.data.feature_cache._IMAGES_FOR_WORKERS", 6)
+    monkeypatch.setattr("coop_hf.data.feature_cache._cores", lambda: 2)
+    workers = embed_images(model, images, cache_dir=tmp_path / "c", batch_size=2, progress=False)
+    assert asked == [0, 2 if multiprocessing.get_start_method() == "fork" else 0] and torch.equal(alone, workers)
+
+
+def test_what_is_not_finite_is_never_kept(model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "get_image_features", lambda pixels: torch.full((len(pixels), 24), torch.nan))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        embed_images(model, labelled(pictures(3), processor), cache_dir=tmp_path, progress=False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_training_on_a_mapped_set_is_training_on_the_same_in_memory(base, processor, tmp_path, mapped):
+    contexts = []
+    for _ in range(2):  # the second run maps what the first one put together
+        torch.manual_seed(0)
+        model = CoOpModel(base, class_names=["a", "b", "c"], processor=processor)
+        args = CoOpTrainingArguments(tmp_path, feature_cache_dir=str(tmp_path), max_steps=3, save_strategy="no")
+        CoOpTrainer(model, args, pictures(9)).train()
+        contexts.append(model.context.detach())
+    embeds = direct(model, labelled(pictures(9), processor))
+    torch.manual_seed(0)
+    model = CoOpModel(base, class_names=["a", "b", "c"], processor=processor)
+    args = CoOpTrainingArguments(tmp_path, max_steps=3, save_strategy="no")
+    CoOpTrainer(model, args, EmbeddedImages(embeds, [i % 3 for i in range(9)])).train()
+    assert torch.equal(contexts[0], contexts[1])
+    torch.testing.assert_close(contexts[0], model.context.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_processors_of_different_kinds_are_not_mixed_up(model, image_processor, tmp_path, counted):

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # What image towers take beside `pixel_values`: SigLIP 2's with images of any aspect ratio.
 IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
+_KEY_ROWS = 256  # images that are read at a time to be hashed
+
 
 class LabelledImages(torch.utils.data.Dataset):
     """
@@ -256,27 +258,58 @@ class LabelledImages(torch.utils.data.Dataset):
             return "plain"
         return f"{self._augmentation} {self.seed} {operator.index(epoch)} {int(self.rows[index])}"
 
-    def content_key(self, index: int) -> bytes:
-        """`bytes`: hash of an item's encoded image; of a file on disk, hash of its path, size and time of change."""
-        value = self._images[int(self.rows[index])][self.image_column]
-        if isinstance(value, (str, os.PathLike)):
-            value = {"path": os.fspath(value), "bytes": None}
-        if isinstance(value, dict) and value.get("bytes") is None and os.path.exists(value.get("path") or ""):
-            status = os.stat(value["path"])
-            content = f"{os.path.abspath(value['path'])} {status.st_size} {status.st_mtime_ns}".encode()
-        elif isinstance(value, dict):
-            content = value.get("bytes") or repr(value.get("path")).encode()
-        elif isinstance(value, (bytes, bytearray, memoryview)):
-            content = bytes(value)
+    def content_keys(self) -> list[bytes]:
+        """`list[bytes]`: for each item a hash of its encoded image; of a file on disk, of path, size and change."""
+        images, keys = self._images.select(self.rows.tolist()) if self.skipped else self._images, []
+        for batch in images.iter(_KEY_ROWS):
+            keys += [content_key(value) for value in batch[self.image_column]]
+        return keys
+
+    def set_key(self, num_views: int | None = None) -> str:
+        """`str`: names all views of all items, in their order; the same for the same data set in another process.
+
+        Where the data set holds the images themselves, its fingerprint stands for them, and no image is read.
+        """
+        digest = hashlib.blake2b(f"{num_views} {self.rows.tolist() if self.skipped else ''}".encode(), digest_size=16)
+        if num_views is not None:
+            digest.update(f"{self._augmentation} {self.seed}".encode())
+        if self._holds_images():
+            digest.update(self._images._fingerprint.encode())
         else:
-            pixels = np.ascontiguousarray(value)
-            content = f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
-        return hashlib.blake2b(content, digest_size=16).digest()
+            digest.update(b"".join(self.content_keys()))
+        return digest.hexdigest()
+
+    def _holds_images(self) -> bool:
+        """Whether no image is a file that lies elsewhere, and may change."""
+        kind = self._images.features[self.image_column]
+        if isinstance(kind, datasets.Value):
+            return "binary" in kind.dtype
+        if not isinstance(kind, (datasets.Image, dict)):
+            return True
+        column = self._images.data.column(self.image_column)
+        return all(chunk.field("bytes").null_count == 0 for chunk in column.chunks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         view = self.view(index, self.epoch if self.augment else None)
         pixels = view if isinstance(view, dict) else {"pixel_values": view}
         return {**pixels, "labels": int(self.labels[index])}
+
+
+def content_key(value: Any) -> bytes:
+    """Hash of what an image column holds; of a file on disk, of its path, size and time of change."""
+    if isinstance(value, (str, os.PathLike)):
+        value = {"path": os.fspath(value), "bytes": None}
+    if isinstance(value, dict) and value.get("bytes") is None and os.path.exists(value.get("path") or ""):
+        status = os.stat(value["path"])
+        content = f"{os.path.abspath(value['path'])} {status.st_size} {status.st_mtime_ns}".encode()
+    elif isinstance(value, dict):
+        content = value.get("bytes") or repr(value.get("path")).encode()
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        content = bytes(value)
+    else:
+        pixels = np.ascontiguousarray(value)
+        content = f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def collate(examples: list[dict] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

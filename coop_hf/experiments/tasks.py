@@ -114,8 +114,8 @@ def make_task(
         names = labelled.class_names
         embeds = embed_images(model, labelled, progress=progress)[0]
         parts[part], views[part] = (embeds, torch.as_tensor(labelled.labels)), labelled
-        for index, label in enumerate(labelled.labels):
-            digest.update(labelled.content_key(index) + f"{part} {label}".encode())
+        for key, label in zip(labelled.content_keys(), labelled.labels):
+            digest.update(key + f"{part} {label}".encode())
         if part == "train":
             images = splits[part]
     rows = None

@@ -165,7 +165,7 @@ class CoOpTrainer(Trainer):
         key = (id(dataset), num_views or None)
         if key not in self._embedded:
             logger.info("Image embeddings are computed once and cached (cache_features=True).")
-            self._embedded[key] = (dataset, EmbeddedImages(self._embed(dataset, num_views), dataset.labels))
+            self._embedded[key] = (dataset, EmbeddedImages(self._embed(dataset, num_views), dataset.labels, True))
         return self._embedded[key][1]
 
     def _embed(self, dataset: LabelledImages, num_views: int | None) -> Tensor:
@@ -177,7 +177,7 @@ class CoOpTrainer(Trainer):
                 num_views or None,
                 cache_dir=self.args.feature_cache_dir,
                 batch_size=self.args.per_device_eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
+                num_workers=self.args.dataloader_num_workers or None,
                 process_index=self.args.process_index,
                 num_processes=self.args.world_size,
                 barrier=self.accelerator.wait_for_everyone,
