@@ -3,8 +3,8 @@
 python benchmarks/survival.py --kills 100
 python benchmarks/survival.py --kills 20 --processes 2
 
-One process is forked for each attempt from one that has everything loaded. Several run under torchrun; by turns one of
-them is killed, whom torchrun follows with the others, or all at once.
+One process is forked for each attempt from one that has everything loaded. Several run under torchrun's launcher; by
+turns one of them is killed, whom the launcher follows with the others, or all at once, the launcher with them.
 """
 
 import argparse
@@ -86,9 +86,8 @@ def attempt(
     for mark in marks:
         if os.path.exists(mark):
             os.remove(mark)
-    launch = _launch if processes > 1 else _fork
     with tempfile.TemporaryFile() as errors:
-        pid = launch(folder, recipe, slow, processes, errors)
+        pid = _fork(folder, recipe, slow, processes, errors)
         killed, ended = False, 0
         if kill_after is not None:
             while not ended and not all(os.path.exists(mark) and os.path.getsize(mark) for mark in marks):
@@ -117,7 +116,10 @@ def _fork(folder: str, recipe: str, slow: bool, processes: int, errors: IO) -> i
     if pid == 0:
         os.dup2(errors.fileno(), 2)
         try:
-            train(folder, recipe, slow)
+            if processes > 1:
+                _train_under_torchrun(folder, recipe, slow, processes)
+            else:
+                train(folder, recipe, slow)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -125,11 +127,22 @@ def _fork(folder: str, recipe: str, slow: bool, processes: int, errors: IO) -> i
     return pid
 
 
-def _launch(folder: str, recipe: str, slow: bool, processes: int, errors: IO) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [os.path.abspath(__file__), "--worker", folder, "--recipes", recipe, *(["--slow"] if slow else [])]
-    actions = [(os.POSIX_SPAWN_DUP2, errors.fileno(), 1), (os.POSIX_SPAWN_DUP2, errors.fileno(), 2)]
-    return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
+def _train_under_torchrun(folder: str, recipe: str, slow: bool, processes: int) -> None:
+    # What torchrun does for --standalone, but that its processes are forked and so need not import everything again.
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+    elastic_launch(config, train)(folder, recipe, slow)
 
 
 def survive(folder: str, recipe: str, kills: int, processes: int, seed: int) -> dict:
@@ -181,12 +194,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--slow", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.worker:
-        return train(args.worker, args.recipes[0], args.slow)
     start = time.perf_counter()
     results = {}
     for recipe in args.recipes:
