@@ -160,11 +160,15 @@ def survive(folder: str, recipe: str, kills: int, processes: int, seed: int) -> 
         shutil.rmtree(run, ignore_errors=True)
         # A moment anywhere in what is left of the training, or just behind it: then the attempt goes through.
         moment: float | None = rng.uniform(0.0, 1.1) * seconds
+        reached, patience = 0, 1.0
         while attempt(run, recipe, rng.random() < 0.7, moment, processes, rng):
             names = os.listdir(run)
             checkpoints = [os.path.join(run, name) for name in names if name.startswith("checkpoint-")]
             steps = [int(name.split("-")[1]) for name in names if name.startswith("checkpoint-")]
-            moment = rng.uniform(0.0, 1.1 - max(steps, default=0) / STEPS) * seconds
+            # A busy machine may take longer to resume than is left by this count: then later.
+            patience = 1.0 if max(steps, default=0) > reached else 1.3 * patience
+            reached = max(steps, default=0)
+            moment = rng.uniform(0.0, 1.1 - reached / STEPS) * seconds * patience
             if "final" in names:  # killed while it ended: let it through
                 moment = None
             result["kills"] += 1
