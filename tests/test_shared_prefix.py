@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from reference import reference_features, relative_error
 
 from coop_hf.core import shared_prefix
+from coop_hf.core.few_tokens import MAX_TOKENS, LinearLayers
 from coop_hf.core.layout import make_layout, tokenize_texts
 from coop_hf.core.plain import plain_text_features
 from coop_hf.core.shared_prefix import SharedPrefixPass
@@ -265,3 +266,37 @@ def test_first_fit(lengths, extra):
     loads = [sum(lengths[i] for i in members) for members in bins]
     assert max(loads) <= capacity
     assert sum(load <= capacity / 2 for load in loads) <= 1, "two half-empty bins would be one"
+
+
+def test_few_tokens_take_ordered_weights(tokenizer):
+    """Frozen fp32 layers on a CPU do, until the weights change; the numbers are the plain pass's."""
+    base = make_base(tokenizer).requires_grad_(False)
+    layout = make_layout(tokenizer, NAMES[:2], 3, "end", base.config.text_config.max_position_embeddings)
+    shared, context = SharedPrefixPass(base, layout), random_context(3, 32)
+    for _ in range(2):
+        features = shared(context)
+        expected = plain_text_features(base, layout, context)
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+        assert relative_error(gradient_of(features, context), gradient_of(expected, context)) < 1e-4
+        assert len(shared._linear._ordered) == 6 * base.config.text_config.num_hidden_layers
+        with torch.no_grad():
+            base.text_model.encoder.layers[0].mlp.fc1.weight.mul_(1.5)
+    shared.forget()
+    assert not shared._linear._ordered
+
+
+@pytest.mark.parametrize("why", ["many", "no gradient", "hook", "subclass", "bf16", "not frozen"])
+def test_other_layers_are_called_as_they_are(why):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers, tokens = LinearLayers(), MAX_TOKENS + 1 if why == "many" else 5
+    dtype = torch.bfloat16 if why == "bf16" else torch.float32
+    layer = (Doubled if why == "subclass" else torch.nn.Linear)(8, 4).to(dtype).requires_grad_(why == "not frozen")
+    if why == "hook":
+        layer.register_forward_hook(lambda module, args, output: output + 1)
+    x = torch.randn(tokens, 8, dtype=dtype).requires_grad_(why != "no gradient")
+    found, expected = layers(layer, x), layer(x)
+    assert torch.equal(found, expected) and not layers._ordered
+    assert type(found.grad_fn) is type(expected.grad_fn)

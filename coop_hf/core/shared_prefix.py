@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import QuickGELUActivation
 
 from .families import Family, get_family
+from .few_tokens import LinearLayers
 from .layout import PromptLayout
 from .packing import Tokens, pack_tokens
 from .packing import first_fit as _first_fit  # noqa: F401
@@ -98,13 +99,13 @@ def _attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     return attended.transpose(1, 2).flatten(2)
 
 
-def _mlp(layer: Any, hidden: Tensor) -> Tensor:
+def _mlp(layer: Any, hidden: Tensor, linear: LinearLayers) -> Tensor:
     mlp = layer.mlp
     if not isinstance(mlp.activation_fn, QuickGELUActivation) or torch.compiler.is_compiling():
         return mlp(hidden)
-    inner = mlp.fc1(hidden)
+    inner = linear(mlp.fc1, hidden)
     activated = _QuickGELU.apply(inner.flatten(0, -2))  # type: ignore[no-untyped-call]
-    return mlp.fc2(activated.view_as(inner))
+    return linear(mlp.fc2, activated.view_as(inner))
 
 
 def _put(hidden: Tensor, part: Tokens, prompts: Tensor) -> Tensor:
@@ -141,6 +142,7 @@ class SharedPrefixPass:
         self._parts: dict[Any, Any] = {}
         self._constants: dict[Any, Any] = {}
         self._specific: SharedPrefixPass | None = None
+        self._linear = LinearLayers()
 
     @property
     def num_shared(self) -> int:
@@ -269,7 +271,7 @@ class SharedPrefixPass:
             keys_values (`list`, *optional*): takes each layer's (key, value) of the live tokens; then the last layer
                 goes no further.
         """
-        images, num_prefix = len(hidden), part.num_prefix
+        images, num_prefix, linear = len(hidden), part.num_prefix, self._linear
         shape = (part.num_blocks, part.width)
         all_layers = self.family.text_layers
         mask = part.mask.repeat(images, 1, 1, 1) if images > 1 else part.mask
@@ -281,7 +283,8 @@ class SharedPrefixPass:
                     images = len(hidden)
                     mask = part.mask.repeat(images, 1, 1, 1)
             normed = layer.layer_norm1(hidden)
-            pair = [_heads(layer, project(normed)) for project in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+            attention = layer.self_attn
+            pair = [_heads(layer, linear(project, normed)) for project in (attention.k_proj, attention.v_proj)]
             own = [x[:, num_prefix:].unflatten(1, shape).flatten(0, 1) for x in pair]
             if keys_values is not None:
                 keys_values.append((own[0], own[1]))
@@ -291,7 +294,7 @@ class SharedPrefixPass:
             if is_last:
                 hidden, normed = hidden[:, part.eos_places], normed[:, part.eos_places]
                 mask = part.eos_mask.repeat(images, 1, 1, 1) if images > 1 else part.eos_mask
-            query = _heads(layer, layer.self_attn.q_proj(normed))
+            query = _heads(layer, linear(attention.q_proj, normed))
             live = query if is_last else query[:, num_prefix:]
             live = live.unflatten(1, (part.num_blocks, -1)).flatten(0, 1)
             key, value = (self._with_left(x, y, left, index, i, part) for i, (x, y) in enumerate(zip(pair, own)))
@@ -300,8 +303,8 @@ class SharedPrefixPass:
                 heads, keys, values = (x[:, :num_prefix] for x in (query, *pair))
                 prefix = _attend(layer, heads, keys, values, None)
                 attended = torch.cat([prefix, attended], dim=1)
-            hidden = hidden + layer.self_attn.out_proj(attended)
-            hidden = hidden + _mlp(layer, layer.layer_norm2(hidden))
+            hidden = hidden + linear(attention.out_proj, attended)
+            hidden = hidden + _mlp(layer, layer.layer_norm2(hidden), linear)
         return hidden
 
     @staticmethod
@@ -355,6 +358,7 @@ class SharedPrefixPass:
     def forget(self) -> None:
         """Drops what was computed from the base's weights."""
         self._constants.clear()
+        self._linear.forget()
         if self._specific is not None:
             self._specific.forget()
 
