@@ -243,6 +243,12 @@ class LabelledImages(torch.utils.data.Dataset):
         """`PIL.Image.Image`: an item as it is, decoded."""
         return self._decode(int(self.rows[index]))
 
+    def source(self, index: int) -> Any:
+        """An item as the data set holds it: a dict of `bytes` and `path`, a path, an encoded file, or pixels."""
+        if self._mode is not None:  # a mode of the column's own
+            return self.image(index)
+        return self._images[int(self.rows[index])][self.image_column]
+
     def preprocessing_key(self) -> str:
         """`str`: names the plain transform, for a cache of what it gives.
 

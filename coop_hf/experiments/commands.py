@@ -25,8 +25,12 @@ __all__ = [
     "DataArguments",
     "ProtocolArguments",
     "draw_train_and_test",
+    "load_base_model",
     "load_splits",
+    "make_options",
     "prepare",
+    "prepare_task",
+    "protocol_splits",
     "read_class_names",
     "run_command",
 ]
@@ -89,6 +93,7 @@ class DataArguments:
     draw: str = field(
         default="nested", metadata={"help": "'nested', or 'coop': the draw of CoOp's code without such files."}
     )
+    data_title: str | None = field(default=None, metadata={"help": "Name of the data set in tables, Caltech101 ..."})
 
     @property
     def is_emoji(self) -> bool:
@@ -98,6 +103,8 @@ class DataArguments:
     @property
     def data_name(self) -> str:
         """A short name of the data set."""
+        if self.data_title is not None:
+            return self.data_title
         if self.coop_split is not None:
             return os.path.splitext(os.path.basename(self.coop_split))[0].removeprefix("split_zhou_")
         return self.style if self.dataset is None else os.path.basename(os.path.normpath(self.dataset))
@@ -231,16 +238,17 @@ class ProtocolArguments(DataArguments):
     overwrite: bool = field(default=False, metadata={"help": "Start afresh instead of going on."})
 
 
-def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str, Method]]:
-    """Loads and embeds what a command needs.
+def load_base_model(name: str | None) -> CoOpModel:
+    """The model that methods start from, the embedded one without a name; on a GPU if there is one."""
+    model = CoOpModel.from_pretrained(name or emoji_model_path())
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def protocol_splits(args: ProtocolArguments, report: Callable[[str], None] = print) -> dict[str, datasets.Dataset]:
+    """The splits of a data set for a protocol, which needs `"train"` and `"test"`.
 
     Without a part to test on a fifth of each class is held out for it (seed 0), the same in every run.
-
-    Returns:
-        the model, on a GPU if there is one; the data set; options; the methods.
     """
-    chosen = list(METHODS) if args.methods in (None, ["all"]) else args.methods
-    methods = {name: look_up(METHODS, name, "method") for name in chosen}
     splits, names = load_splits(args), args.read_class_names()
     if "train" not in splits:
         raise ValueError(f"{args.data_name} has {', '.join(splits)}; a protocol needs train: pass --train_split.")
@@ -248,12 +256,14 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
         held_out = a_fifth(resolve_labels(splits["train"], args.label_column, names)[1])
         parts = {part: [i for i, out in enumerate(held_out) if out == (part == "test")] for part in ("train", "test")}
         splits = {part: splits["train"].select(rows) for part, rows in parts.items()}
-        print(f"{args.data_name} has no part to test on: {len(parts['test'])} images, a fifth, are held out for it.")
-    model = CoOpModel.from_pretrained(args.base_model or emoji_model_path())
-    if torch.cuda.is_available():
-        model.to("cuda")
+        report(f"{args.data_name} has no part to test on: {len(parts['test'])} images, a fifth, are held out for it.")
+    return splits
+
+
+def prepare_task(args: ProtocolArguments, model: CoOpModel, splits: dict[str, datasets.Dataset]) -> Task:
+    """Embeds a data set, with the draws that the arguments name."""
     columns, original = (args.image_column, args.label_column), args.recipe == "paper"
-    task = make_task(model, splits, args.data_name, *columns, names, original=original)
+    task = make_task(model, splits, args.data_name, *columns, args.read_class_names(), original=original)
     pairs = [(shots, seed) for shots in args.shots for seed in args.seeds]
     if args.few_shot_indices is not None:
         if "validation" not in splits:
@@ -265,19 +275,44 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
         labels = [task.parts[part][1].tolist() for part in ("train", "validation")]
         rows = {pair: coop_few_shot_rows(*pair, *labels) for pair in pairs}
         task = with_draws(task, {pair: (own[0], own[1]) for pair, own in rows.items()})
-    if args.is_emoji:
-        template, ensemble = args.template, EMOJI_TEMPLATES
-        if template is None:
-            template, scores = choose_template(model, task, EMOJI_TEMPLATES)
-            shown = ", ".join(f'"{text}" {100 * score:.1f}' for text, score in scores.items())
-            print(f"Hand-written template, chosen on validation (zero-shot accuracy in %): {shown}")
-    else:
-        template = args.template or HAND_TEMPLATES.get(args.data_name, "a photo of a {}.")
+    return task
+
+
+def make_options(args: ProtocolArguments, task: Task, template: str | None = None) -> Options:
+    """Templates and sentences of a data set, the same for all methods.
+
+    Args:
+        args ([`ProtocolArguments`]): templates, recipe.
+        task (`Task`): the data set, whose classes need sentences.
+        template (`str`, *optional*, defaults to `--template`, or CoOp's for a data set of this name): the template.
+    """
+    template = template or args.template or HAND_TEMPLATES.get(task.name, "a photo of a {}.")
+    ensemble = EMOJI_TEMPLATES
+    if not args.is_emoji:
         ensemble = tuple(dict.fromkeys((*IMAGENET_7_TEMPLATES, template)))  # as in CoOp's comparison
     cupl_file = emoji_cupl_path() if args.cupl_file is None and args.is_emoji else args.cupl_file
     cupl = None if cupl_file is None else read_prompts(cupl_file, task.class_names)
-    print(f'Template: "{template}". Images: {", ".join(f"{k} {len(v[1])}" for k, v in task.parts.items())}.')
     options = Options(template, ensemble, cupl, args.recipe)
     if args.is_emoji:  # its base has not learned what a photo is
         options = replace(options, words=template.split("{}")[0].strip())
+    return options
+
+
+def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str, Method]]:
+    """Loads and embeds what a command needs.
+
+    Returns:
+        the model, on a GPU if there is one; the data set; options; the methods.
+    """
+    chosen = list(METHODS) if args.methods in (None, ["all"]) else args.methods
+    methods = {name: look_up(METHODS, name, "method") for name in chosen}
+    splits = protocol_splits(args)
+    model = load_base_model(args.base_model)
+    task, template = prepare_task(args, model, splits), args.template
+    if args.is_emoji and template is None:
+        template, scores = choose_template(model, task, EMOJI_TEMPLATES)
+        shown = ", ".join(f'"{text}" {100 * score:.1f}' for text, score in scores.items())
+        print(f"Hand-written template, chosen on validation (zero-shot accuracy in %): {shown}")
+    options = make_options(args, task, template)
+    print(f'Template: "{options.template}". Images: {", ".join(f"{k} {len(v[1])}" for k, v in task.parts.items())}.')
     return model, task, options, methods

@@ -53,6 +53,9 @@ BATCH_SIZE = (
     64  # images that are scored at a time where they go through the tower, or have class embeddings of their own
 )
 
+# CLIP's C = 0.316, which it uses where it does not search, on features of norm 10; here their norm is 1.
+PROBE_C = 31.6
+
 # Candidates for the embedded default; `choose_template` takes the best on validation.
 EMOJI_TEMPLATES: tuple[str, ...] = (
     "{}.",
@@ -84,6 +87,9 @@ class Options:
         recipe (`str`, *optional*, defaults to `"fast"`): of `CoOpTrainingArguments`.
         words (`str`, *optional*, defaults to `"a photo of a"`): words that a prompt starts from, in methods that start
             from words.
+        validation (`str`, *optional*): what the few validation images are for. `None`: the linear probe's
+            regularisation alone, as in CoOp's paper. `"few"`: everything that a method's paper chooses on them.
+            `"none"`: nothing.
     """
 
     template: str
@@ -91,6 +97,7 @@ class Options:
     cupl: dict | None = None
     recipe: str = "fast"
     words: str = "a photo of a"
+    validation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,10 @@ class Method:
         any_classes (`bool`, *optional*, defaults to `True`): whether it scores other classes than it has learned.
         sees_images (`bool`, *optional*, defaults to `False`): whether it changes the image tower, and so learns from
             images instead of embeddings, and scores them.
+        knowledge (`tuple[str, ...]`, *optional*): what it takes beside class names, template and shots: `"templates"`
+            (further ones), `"sentences"` (of a language model), `"unlabelled"` (training images), `"test views"` (of
+            each test image alone). In a comparison it gets nothing that does not stand here.
+        chooses (`bool`, *optional*, defaults to `False`): whether it chooses on validation images.
     """
 
     title: str
@@ -112,6 +123,14 @@ class Method:
     learns: bool = True
     any_classes: bool = True
     sees_images: bool = False
+    knowledge: tuple[str, ...] = ()
+    chooses: bool = False
+
+
+def _holding(predict: Predictor, values: int) -> Predictor:
+    """A function that knows how many values its method has learned."""
+    predict.learned_values = values  # type: ignore[attr-defined]
+    return predict
 
 
 def _from_texts(model: CoOpModel, embed: Callable[[list[str]], torch.Tensor]) -> Predictor:
@@ -135,16 +154,18 @@ def _fit_cupl(model: CoOpModel, shots: FewShot | None, options: Options) -> Pred
 
 
 def _fit_probe(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
-    probe = fit_linear_probe(
-        shots.image_embeds, shots.labels, shots.val_embeds, shots.val_labels, class_names=shots.class_names
-    )
+    val: Any = (shots.val_embeds, shots.val_labels)
+    more: dict[str, Any] = {}
+    if options.validation == "none":  # a fixed strength; what it is then measured on chooses nothing
+        val, more = (shots.image_embeds, shots.labels), {"coarse": [PROBE_C], "num_steps": 0}
+    probe = fit_linear_probe(shots.image_embeds, shots.labels, *val, class_names=shots.class_names, **more)
 
     def predict(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
         if list(names) != list(shots.class_names):
             raise ValueError("a linear probe scores the classes that it was fitted on, and no others.")
         return probe.logits(image_embeds)
 
-    return predict
+    return _holding(predict, probe.weight.numel() + probe.bias.numel())
 
 
 def _fit_autoprompt(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
@@ -161,7 +182,8 @@ def _fit_autoprompt(model: CoOpModel, shots: FewShot, options: Options) -> Predi
         num_steps=32,
         seed=shots.seed,
     )
-    return _from_texts(model, lambda names: class_embeddings(model, None, names, prompt.template))
+    predict = _from_texts(model, lambda names: class_embeddings(model, None, names, prompt.template))
+    return _holding(predict, 0)  # words, no values
 
 
 def _make_student(
@@ -228,26 +250,30 @@ def _predict_with(student: CoOpModel) -> Predictor:
 
     if sees_images:
         predict.sees_images = True  # type: ignore[attr-defined]
-    return predict
+    return _holding(predict, sum(tensor.numel() for tensor in student.adapter.learned_state().values()))
 
 
 def _fit_learner(model: CoOpModel, shots: FewShot, options: Options, **arguments: Any) -> Predictor:
     return _predict_with(_train(model, shots, options, **arguments))
 
 
-def learner(title: str, method: str = "coop", objective: str | None = None, **fields: Any) -> Method:
+def learner(
+    title: str, method: str = "coop", objective: str | None = None, knowledge: tuple[str, ...] = (), **fields: Any
+) -> Method:
     """A method of prompt learning, started as in its official code.
 
     Args:
         title (`str`): its name in tables.
         method (`str`, *optional*, defaults to `"coop"`): what is learned, see `coop_hf.adapters`.
         objective (`str`, *optional*, defaults to the method's own): what is lowered.
+        knowledge (`tuple[str, ...]`, *optional*): see [`Method`].
         fields: of the method's configuration: `n_ctx`, `class_specific`, `depth` ...
     """
     check_fields(method, fields)
     fit = functools.partial(_fit_learner, method=method, objective=objective, **fields)
     any_classes = not fields.get("class_specific", False)
-    return Method(title, fit, any_classes=any_classes, sees_images=get_adapter_class(method).prompts_image_tower)
+    sees_images = get_adapter_class(method).prompts_image_tower
+    return Method(title, fit, any_classes=any_classes, sees_images=sees_images, knowledge=knowledge)
 
 
 def coop_method(title: str, **config: Any) -> Method:
@@ -261,9 +287,10 @@ def coop_method(title: str, **config: Any) -> Method:
 
 
 def _fit_head(model: CoOpModel, shots: FewShot, options: Options, method: str) -> Predictor:
-    """By its published recipe on the plain views, without validation, whatever the recipe of the prompts."""
+    """By its published recipe on the plain views, whatever the recipe of the prompts."""
     student = _make_student(model, shots, options, method)
-    fit_head(student, shots.image_embeds, shots.labels, seed=shots.seed)
+    val = (shots.val_embeds, shots.val_labels) if options.validation == "few" and len(shots.val_labels) else ()
+    fit_head(student, shots.image_embeds, shots.labels, None, *val, seed=shots.seed)
     predict = _predict_with(student)
 
     def predict_own(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -271,7 +298,7 @@ def _fit_head(model: CoOpModel, shots: FewShot, options: Options, method: str) -
             raise ValueError("a head scores the classes that it was fitted on, and no others.")
         return predict(image_embeds, names)
 
-    return predict_own
+    return _holding(predict_own, predict.learned_values)  # type: ignore[attr-defined]
 
 
 def _fit_tpt(model: CoOpModel, shots: FewShot | None, options: Options) -> Predictor:
@@ -305,7 +332,8 @@ class _Decoded:
 
 def head(title: str, method: str) -> Method:
     """A head on image features, see `coop_hf.adapters.heads`."""
-    return Method(title, functools.partial(_fit_head, method=method), any_classes=False)
+    fit = functools.partial(_fit_head, method=method)
+    return Method(title, fit, any_classes=False, chooses=method in ("tip_adapter", "tip_adapter_f", "gda"))
 
 
 def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
@@ -328,11 +356,11 @@ def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
 
 METHODS = {
     "zero_shot": Method("zero-shot CLIP", _fit_template, learns=False),
-    "ensemble": Method("prompt ensemble", _fit_ensemble, learns=False),
-    "cupl": Method("CuPL", _fit_cupl, learns=False),
-    "linear_probe": Method("linear probe", _fit_probe, any_classes=False),
+    "ensemble": Method("prompt ensemble", _fit_ensemble, learns=False, knowledge=("templates",)),
+    "cupl": Method("CuPL", _fit_cupl, learns=False, knowledge=("sentences",)),
+    "linear_probe": Method("linear probe", _fit_probe, any_classes=False, chooses=True),
     "autoprompt": Method("AutoPrompt from the template", _fit_autoprompt),
-    "pet": Method("PET, student M=16", _fit_pet),
+    "pet": Method("PET, student M=16", _fit_pet, knowledge=("templates", "sentences", "unlabelled")),
     "coop": coop_method("CoOp M=16", n_ctx=16),
     "coop_m4": coop_method("CoOp M=4", n_ctx=4),
     "coop_csc": coop_method("CoOp M=4, class-specific", n_ctx=4, class_specific=True),
@@ -341,7 +369,7 @@ METHODS = {
     "prograd": learner("ProGrad", "coop", "prograd"),
     "tcp": learner("TCP", "tcp"),
     "deep_text": learner("deep text prompts", "deep_text"),
-    "tpt": Method("TPT", _fit_tpt, learns=False, sees_images=True),
+    "tpt": Method("TPT", _fit_tpt, learns=False, sees_images=True, knowledge=("test views",)),
     "tip_adapter": head("Tip-Adapter", "tip_adapter"),
     "tip_adapter_f": head("Tip-Adapter-F", "tip_adapter_f"),
     "taskres": head("TaskRes", "taskres"),
@@ -353,7 +381,7 @@ METHODS = {
     "vpt": learner("VPT", "vpt"),
     "ivlp": learner("IVLP", "ivlp"),
     "maple": learner("MaPLe", "maple"),
-    "promptsrc": learner("PromptSRC", "ivlp", "promptsrc"),
+    "promptsrc": learner("PromptSRC", "ivlp", "promptsrc", knowledge=("templates",)),
 }
 
 # What the commands run where nothing else is named: minutes on a CPU.

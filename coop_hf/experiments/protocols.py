@@ -1,30 +1,20 @@
 """The experiments of prompt learning, each a function: few-shot curves, ablations, domain generalisation, base-to-new
 generalisation, transfer to other data sets, label noise.
 
-An experiment is a list of cells, one for each method, number of shots and seed; results go into one JSON file, written
-whole after every cell, so that a second run computes only the cells that are missing.
+An experiment is a list of cells, one for each method, number of shots and seed; see [`run_cells`].
 """
 
-import hashlib
-import json
 import os
-import platform
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
 
-import datasets
-import numpy as np
 import torch
-import transformers
 
-from ..atomic import write_atomically
 from ..baselines.cupl import class_key
 from ..checks import clean_class_name
 from ..modeling import CoOpModel
-from ..version import __version__
+from .cells import environment, make_cells, run_cells, settings_of
 from .methods import METHODS, Method, Options, Predictor
+from .scoring import Exam, answer_here, make_exam, score
 from .tasks import Task, draw_few_shot, select_classes
 
 
@@ -35,174 +25,47 @@ __all__ = [
     "domain_generalization",
     "environment",
     "few_shot_curve",
+    "halves",
+    "harmonic_mean",
     "label_noise",
     "map_classes",
+    "mapped_exam",
     "run_cells",
+    "usable",
 ]
-
-
-# ---------------------------------------------------------------------- files and cells
-
-
-def environment() -> dict:
-    """Versions and hardware, as plain values."""
-    cuda = torch.cuda.is_available()
-    return {
-        "coop_hf": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "numpy": np.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _base_fingerprint(model: CoOpModel) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.get_base_model().state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _settings(protocol: str, model: CoOpModel, tasks: list[Task], options: Options) -> dict:
-    """What a result depends on, beside the cell."""
-    base = model.get_base_model()
-    values = asdict(options)
-    if values["cupl"] is not None:
-        text = json.dumps(values["cupl"], sort_keys=True)
-        values["cupl"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return {
-        "protocol": protocol,
-        "coop_hf": __version__,
-        "base_model": os.path.basename(os.path.normpath(base.config._name_or_path or "unnamed")),
-        "base_fingerprint": _base_fingerprint(model),
-        "data": {task.name: task.fingerprint for task in tasks},
-        "class_names": {task.name: list(task.class_names) for task in tasks},
-        "options": {**values, "ensemble": list(values["ensemble"])},
-    }
-
-
-def run_cells(
-    path: str | os.PathLike,
-    settings: dict,
-    cells: list[dict],
-    compute: Callable[[dict], dict],
-    overwrite: bool = False,
-    report: Callable[[str], None] = print,
-) -> dict:
-    """Computes the cells that a results file does not hold yet.
-
-    Args:
-        path (`str` or `os.PathLike`): JSON file; its folder is made if missing. After each cell it is replaced as a
-            whole, so an interrupted run loses one cell.
-        settings (`dict`): what all results depend on, plain values. A file with other settings is not touched.
-        cells (`list[dict]`): what each result depends on beside that, plain values.
-        compute (`Callable[[dict], dict]`): takes a cell, returns what is to be kept; `"scores"` is a dict of
-            fractions, `"rows"` goes to the file's `"draws"`, once for all methods.
-        overwrite (`bool`, *optional*, defaults to `False`): start afresh.
-        report (`Callable[[str], None]`, *optional*, defaults to `print`): gets a line for each cell.
-
-    Returns:
-        `dict`: the file: `settings`, `environment` (of the last run that computed something), `draws` and `cells`,
-        each with its time in seconds and the date.
-
-    Raises:
-        ValueError: the file was made with other settings; names them.
-    """
-    path = os.fspath(path)
-    settings = json.loads(json.dumps(settings))
-    results: dict[str, Any] = {"settings": settings, "environment": None, "draws": {}, "cells": []}
-    if os.path.exists(path) and not overwrite:
-        try:
-            with open(path, encoding="utf-8") as file:
-                results = json.load(file)
-            different = [key for key in settings if results["settings"].get(key) != settings[key]]
-            done = {_key(cell): cell for cell in results["cells"]}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a results file ({error}): move it, or pass overwrite=True.") from None
-        if different:
-            raise ValueError(
-                f"{path} holds results with other settings ({', '.join(different)} differ): choose another "
-                "`output_dir`, or pass overwrite=True (--overwrite) to lose them."
-            )
-    else:
-        done = {}
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    for number, cell in enumerate(cells, 1):
-        name = ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in cell.items())
-        if _key(cell) in done:
-            report(f"[{number}/{len(cells)}] {name}: kept from an earlier run")
-            continue
-        start = time.perf_counter()
-        found = compute(cell)
-        rows = found.pop("rows", None)
-        if rows is not None:
-            results["draws"][", ".join(f"{key} {cell[key]}" for key in ("shots", "seed"))] = rows
-        seconds = round(time.perf_counter() - start, 2)
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        results["cells"].append({"cell": cell, **found, "seconds": seconds, "date": date})
-        results["environment"] = environment()
-        with write_atomically(path) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(results, file, indent=1, ensure_ascii=False)
-                file.write("\n")
-        scores = ", ".join(f"{key} {100 * value:.1f} %" for key, value in found["scores"].items())
-        report(f"[{number}/{len(cells)}] {name}: {scores} ({seconds:.1f} s)")
-    wanted = {_key({"cell": cell}) for cell in cells}
-    return {**results, "cells": [cell for cell in results["cells"] if _key(cell) in wanted]}
-
-
-def _key(entry: dict) -> str:
-    return json.dumps(entry.get("cell", entry), sort_keys=True)
-
-
-def _cells(methods: dict[str, Method], shots: Sequence[int], seeds: Sequence[int], **more: float) -> list[dict]:
-    """One cell for each method, number of shots and seed; a method that does not learn has one, at 0 shots."""
-    cells = []
-    for name, method in methods.items():
-        pairs = [(k, seed) for k in shots for seed in seeds] if method.learns else [(0, 0)]
-        cells += [{"method": name, "shots": k, "seed": seed, **more} for k, seed in pairs]
-    return cells
 
 
 def _run(
     protocol: str, model: CoOpModel, tasks: list[Task], path: str | os.PathLike, options: Options,
-    methods: dict[str, Method], cells: list[dict], score: Callable[[Predictor], dict[str, float]], overwrite: bool,
-    report: Callable, **more: dict,
+    methods: dict[str, Method], cells: list[dict], exams: list[Exam], overwrite: bool, report: Callable, **more: dict,
 ) -> dict:  # fmt: skip
-    """Fits the method of each cell on the first data set; `score(predict)` gives what it reaches."""
+    """Fits the method of each cell on the first data set, and scores it on all exams."""
 
     def compute(cell: dict) -> dict:
-        method = methods[cell["method"]]
-        if not method.learns:
-            return {"scores": score(method.fit(model, None, options))}
-        noise = cell.get("noise", 0.0)
-        with_images = options.recipe != "fast" or method.sees_images
-        shots = draw_few_shot(tasks[0], cell["shots"], cell["seed"], noise, with_images)
-        return {"scores": score(method.fit(model, shots, options)), "rows": shots.rows}
+        method, shots = methods[cell["method"]], None
+        if method.learns:
+            with_images = options.recipe != "fast" or method.sees_images
+            shots = draw_few_shot(tasks[0], cell["shots"], cell["seed"], cell.get("noise", 0.0), with_images)
+        with answer_here(method, model, shots, options) as (_, ask):
+            scores = {name: found["accuracy"] for name, found in score(ask, exams)[0].items()}
+        if list(scores) == ["base", "new"]:
+            scores["H"] = harmonic_mean(scores["base"], scores["new"])
+        return {"scores": scores} if shots is None else {"scores": scores, "rows": shots.rows}
 
-    settings = {**_settings(protocol, model, tasks, options), **more}
+    settings = {**settings_of(protocol, model, tasks, options), **more}
     return run_cells(path, settings, cells, compute, overwrite, report)
 
 
-def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return (logits.argmax(dim=-1).cpu() == labels).float().mean().item()
-
-
-def _logits(predict: Predictor, task: Task, class_names: list[str], part: str = "test") -> torch.Tensor:
-    """Scores of a part's images; of the images themselves where a method changes the image tower."""
-    images = task.views[part] if getattr(predict, "sees_images", False) else task.parts[part][0]
-    return predict(images, class_names)
+def harmonic_mean(first: float, second: float) -> float:
+    """2ab/(a + b), and 0 where both are 0."""
+    return 2 * first * second / (first + second) if first + second else 0.0
 
 
 def _test(predict: Predictor, task: Task, part: str = "test") -> float:
-    return _accuracy(_logits(predict, task, task.class_names, part), task.parts[part][1])
+    """Accuracy of what a method gave, on a part of a data set."""
+    method = Method("", lambda *_: predict)
+    with answer_here(method, None, None, None) as (_, ask):  # type: ignore[arg-type]
+        return score(ask, [make_exam(task, "test", part)])[0]["test"]["accuracy"]
 
 
 def choose_template(model: CoOpModel, task: Task, templates: Sequence[str]) -> tuple[str, dict[str, float]]:
@@ -247,16 +110,13 @@ def few_shot_curve(
     Returns:
         `dict`, see [`run_cells`]; the score is `"accuracy"`.
     """
-    methods = _usable(methods, options)
-
-    def score(predict: Predictor) -> dict[str, float]:
-        return {"accuracy": _test(predict, task)}
-
-    cells = _cells(methods, shots, seeds)
-    return _run("few_shot_curve", model, [task], path, options, methods, cells, score, overwrite, report)
+    methods = usable(methods, options)
+    cells, exams = make_cells(methods, shots, seeds), [make_exam(task, "accuracy")]
+    return _run("few_shot_curve", model, [task], path, options, methods, cells, exams, overwrite, report)
 
 
-def _usable(methods: dict[str, Method], options: Options, any_classes: bool = False) -> dict[str, Method]:
+def usable(methods: dict[str, Method], options: Options, any_classes: bool = False) -> dict[str, Method]:
+    """Methods that have what they need: sentences, and to score other classes than they have learned."""
     return {
         name: method
         for name, method in methods.items()
@@ -332,20 +192,17 @@ def domain_generalization(
     Returns:
         `dict`, see [`run_cells`]; scores by name of data set.
     """
-    methods, class_maps = _usable(methods, options), class_maps or {}
-
-    def logits(predict: Predictor, target: Task) -> torch.Tensor:
-        found = _logits(predict, target, source.class_names)
-        return map_classes(found, source.class_names, target.class_names, class_maps.get(target.name))
-
-    tasks, cells = [source, *targets], _cells(methods, [shots], seeds)
-
-    def score(predict: Predictor) -> dict[str, float]:
-        mapped = {target.name: _accuracy(logits(predict, target), target.parts["test"][1]) for target in targets}
-        return {source.name: _test(predict, source), **mapped}
-
+    methods, class_maps = usable(methods, options), class_maps or {}
+    exams = [make_exam(source), *(mapped_exam(source, target, class_maps.get(target.name)) for target in targets)]
+    tasks, cells = [source, *targets], make_cells(methods, [shots], seeds)
     more = {"class_maps": class_maps}
-    return _run("domain_generalization", model, tasks, path, options, methods, cells, score, overwrite, report, **more)
+    return _run("domain_generalization", model, tasks, path, options, methods, cells, exams, overwrite, report, **more)
+
+
+def mapped_exam(source: Task, target: Task, class_map: dict[str, str] | None = None) -> Exam:
+    """The test images of another data set, scored over the source's classes, which are mapped to its own."""
+    names = (list(source.class_names), list(target.class_names))
+    return make_exam(target, class_names=names[0], mapped=lambda logits: map_classes(logits, *names, class_map))
 
 
 def cross_dataset_transfer(
@@ -367,17 +224,13 @@ def cross_dataset_transfer(
 
     Args and returns: as [`domain_generalization`], without maps.
     """
-    methods = _usable(methods, options, any_classes=True)
+    methods = usable(methods, options, any_classes=True)
     described = set(map(class_key, options.cupl or {}))
     if any(class_key(name) not in described for task in targets for name in task.class_names):
         methods.pop("cupl", None)
-
-    tasks, cells = [source, *targets], _cells(methods, [shots], seeds)
-
-    def score(predict: Predictor) -> dict[str, float]:
-        return {task.name: _test(predict, task) for task in tasks}
-
-    return _run("cross_dataset_transfer", model, tasks, path, options, methods, cells, score, overwrite, report)
+    tasks, cells = [source, *targets], make_cells(methods, [shots], seeds)
+    exams = [make_exam(task) for task in tasks]
+    return _run("cross_dataset_transfer", model, tasks, path, options, methods, cells, exams, overwrite, report)
 
 
 def base_to_new(
@@ -404,19 +257,20 @@ def base_to_new(
     Returns:
         `dict`, see [`run_cells`]; scores `"base"`, `"new"` and `"H"`, the harmonic mean of the two in each cell.
     """
-    methods = _usable(methods, options, any_classes=True)
+    methods = usable(methods, options, any_classes=True)
+    base, new = halves(task)
+    cells, exams = make_cells(methods, [shots], seeds), [make_exam(base, "base"), make_exam(new, "new")]
+    return _run("base_to_new", model, [base, new], path, options, methods, cells, exams, overwrite, report)
+
+
+def halves(task: Task) -> tuple[Task, Task]:
+    """The first half of the classes, of an odd number the larger, and the second."""
     number = len(task.class_names)
     half = (number + 1) // 2
-    base = select_classes(task, list(range(half)), f"{task.name}, base classes")
-    new = select_classes(task, list(range(half, number)), f"{task.name}, new classes")
-
-    def score(predict: Predictor) -> dict[str, float]:
-        first, second = _test(predict, base), _test(predict, new)
-        mean = 2 * first * second / (first + second) if first + second else 0.0
-        return {"base": first, "new": second, "H": mean}
-
-    cells = _cells(methods, [shots], seeds)
-    return _run("base_to_new", model, [base, new], path, options, methods, cells, score, overwrite, report)
+    return (
+        select_classes(task, list(range(half)), f"{task.name}, base classes"),
+        select_classes(task, list(range(half, number)), f"{task.name}, new classes"),
+    )
 
 
 def label_noise(
@@ -442,12 +296,9 @@ def label_noise(
     Returns:
         `dict`, see [`run_cells`]; the score is `"accuracy"`.
     """
-    methods = _usable(methods, options)
+    methods = usable(methods, options)
     learning = {name: method for name, method in methods.items() if method.learns}
-    cells = _cells({name: m for name, m in methods.items() if not m.learns}, [shots], seeds)
-    cells += [cell for share in noise for cell in _cells(learning, [shots], seeds, noise=share)]
-
-    def score(predict: Predictor) -> dict[str, float]:
-        return {"accuracy": _test(predict, task)}
-
-    return _run("label_noise", model, [task], path, options, methods, cells, score, overwrite, report)
+    cells = make_cells({name: m for name, m in methods.items() if not m.learns}, [shots], seeds)
+    cells += [cell for share in noise for cell in make_cells(learning, [shots], seeds, noise=share)]
+    exams = [make_exam(task, "accuracy")]
+    return _run("label_noise", model, [task], path, options, methods, cells, exams, overwrite, report)

@@ -1,0 +1,344 @@
+"""The results of a comparison as JSON, CSV, Markdown and one HTML page, all from the same numbers."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..atomic import write_atomically
+from .benchmark import GROUPS
+from .statistics import harmonic_means, mean_and_std, paired_difference
+
+
+__all__ = ["MARKS", "compare", "headline", "markdown", "summarise", "write_report"]
+
+# What stands behind a method's name in tables.
+MARKS = {
+    "templates": "T",
+    "sentences": "S",
+    "unlabelled": "U",
+    "test views": "V",
+}
+
+LEGEND = (
+    "T: further hand-written templates. S: sentences of a language model. U: training images without labels. "
+    "V: augmented views of each test image, one image at a time. ᵛ: chooses on validation images."
+)
+
+
+def title(results: dict, name: str) -> str:
+    """A method's name in tables, with marks of what it sees beside the shots."""
+    method = results["methods"][name]
+    marks = "".join(MARKS[key] for key in method["knowledge"])
+    chooses = "ᵛ" if method["chooses"] and results["settings"]["validation"] == "few" else ""
+    return f"{method['title']}{chooses}{f' [{marks}]' if marks else ''}"
+
+
+def headline(test: str) -> str:
+    """What a score is called in headings."""
+    return {"accuracy": "all classes", "base": "base classes", "new": "new classes", "H": "harmonic mean"}.get(
+        test, test
+    )
+
+
+def _tests(cells: Iterable[dict]) -> list[str]:
+    return list(dict.fromkeys(test for cell in cells for test in cell["scores"]))
+
+
+def cells_of(results: dict, **wanted: Any) -> list[dict]:
+    """The cells whose `cell` has these values."""
+    return [
+        entry for entry in results["cells"] if all(entry["cell"].get(key) == value for key, value in wanted.items())
+    ]
+
+
+def summarise(results: dict) -> list[dict]:
+    """For each protocol, data set, test, method and number of shots the mean over draws and what it costs.
+
+    Returns:
+        `list[dict]`: `protocol`, `data`, `test`, `method`, `shots`, `draws`; `mean` and `std` of the accuracy; means
+        of `macro_f1`, `ece`, `fit_seconds` and `image_ms`; the largest `peak_memory_bytes`; `learned_values`.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for entry in results["cells"]:
+        cell = entry["cell"]
+        for test in entry["scores"]:
+            group = (cell["protocol"], cell["data"], test, cell["method"], cell["shots"])
+            groups.setdefault(group, []).append(entry)
+    rows = []
+    for (protocol, data, test, method, shots), own in groups.items():
+        mean, std = mean_and_std([entry["scores"][test] for entry in own])
+        details = [entry["details"][test] for entry in own if test in entry["details"]]
+        row = {"protocol": protocol, "data": data, "test": test, "method": method, "shots": shots, "draws": len(own)}
+        row |= {"mean": mean, "std": std}
+        for key in ("macro_f1", "ece"):
+            row[key] = float(np.mean([found[key] for found in details])) if details else None
+        for key in ("fit_seconds", "image_ms"):
+            row[key] = float(np.mean([entry["cost"][key] for entry in own]))
+        row["peak_memory_bytes"] = max((entry["cost"]["peak_memory_bytes"] or 0 for entry in own), default=0) or None
+        row["learned_values"] = own[0]["learned_values"]
+        rows.append(row)
+    return rows
+
+
+def _scores(results: dict, protocol: str, test: str, method: str, shots: int) -> dict[str, dict[Any, float]]:
+    """`{data: {seed: score}}`; of a method that does not learn `{data: {None: score}}`."""
+    found: dict[str, dict[Any, float]] = {}
+    for entry in results["cells"]:
+        cell = entry["cell"]
+        if (cell["protocol"], cell["method"]) != (protocol, method) or test not in entry["scores"]:
+            continue
+        if cell["shots"] in (shots, 0):
+            seed = cell["seed"] if cell["shots"] else None
+            found.setdefault(cell["data"], {})[seed] = entry["scores"][test]
+    return found
+
+
+def compare(results: dict, protocol: str, test: str, shots: int, reference: str | None = None) -> dict[str, dict]:
+    """The paired difference of each method to the reference, see `statistics.paired_difference`."""
+    reference = reference or results["settings"]["reference"]
+    theirs = _scores(results, protocol, test, reference, shots)
+    found = {}
+    for name in results["methods"]:
+        difference = paired_difference(_scores(results, protocol, test, name, shots), theirs)
+        if name != reference and difference is not None:
+            found[name] = difference
+    return found
+
+
+def both_harmonic_means(results: dict) -> dict[str, tuple[float, float]]:
+    """Of each method over all data sets and draws: the mean of harmonic means, the harmonic mean of means."""
+    found = {}
+    for name in results["methods"]:
+        entries = cells_of(results, protocol="base_to_new", method=name)
+        keys = [(entry["cell"]["data"], entry["cell"]["seed"]) for entry in entries]
+        if entries:
+            base, new = ({k: e["scores"][part] for k, e in zip(keys, entries)} for part in ("base", "new"))
+            found[name] = harmonic_means(base, new)
+    return found
+
+
+# ---------------------------------------------------------------------- Markdown
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first stand to the right."""
+    widths = [max(4, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        fitted = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
+        return "| " + " | ".join(fitted) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def percent(mean: float | None, std: float | None = None) -> str:
+    """`12.3 ± 0.4`."""
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def interval(difference: dict | None, which: str) -> str:
+    """`-1.2 … 3.4`, in points."""
+    ends = None if difference is None else difference[which]
+    return "" if ends is None else f"{100 * ends[0]:+.1f} … {100 * ends[1]:+.1f}"
+
+
+def by_group(results: dict, names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """The methods of each group, in their order; groups that are empty are left out."""
+    names = list(names)
+    groups = [(group, [n for n in names if results["methods"][n]["group"] == group]) for group in GROUPS]
+    return [(group, own) for group, own in groups if own]
+
+
+def accuracy_rows(results: dict, protocol: str, data: str, test: str) -> tuple[list[int], dict[str, dict[int, dict]]]:
+    """The numbers of shots of a test, and for each method its summary at each; one that learns nothing has 0 alone."""
+    found: dict[str, dict[int, dict]] = {}
+    for row in summarise(results):
+        if (row["protocol"], row["data"], row["test"]) == (protocol, data, test):
+            found.setdefault(row["method"], {})[row["shots"]] = row
+    shots = sorted({k for by_shots in found.values() for k in by_shots if k})
+    return shots or [0], {name: found[name] for name in results["methods"] if name in found}
+
+
+def _accuracy_table(results: dict, protocol: str, data: str, test: str) -> str:
+    shots, found = accuracy_rows(results, protocol, data, test)
+    rows = []
+    for group, names in by_group(results, found):
+        rows.append([f"*{group}*", *[""] * len(shots)])
+        for name in names:
+            own = [found[name].get(k) or found[name].get(0) for k in shots]
+            rows.append([title(results, name), *(percent(r["mean"], r["std"]) if r else "" for r in own)])
+    return table([f"{data}, {headline(test)}", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)], rows)
+
+
+def _cost_table(results: dict, protocol: str, data: str, test: str) -> str:
+    shots, found = accuracy_rows(results, protocol, data, test)
+    rows = []
+    for _, names in by_group(results, found):
+        for name in names:
+            row = found[name].get(max(shots)) or found[name].get(0)
+            if row is None:
+                continue
+            memory, values = row["peak_memory_bytes"], row["learned_values"]
+            tower = cells_of(results, protocol=protocol, data=data, method=name)[0]["cost"]["with_image_tower"]
+            rows.append(
+                [
+                    title(results, name), percent(row["macro_f1"]), percent(row["ece"]), f"{row['fit_seconds']:.2f}",
+                    f"{row['image_ms']:.2f}{'*' if tower else ''}", f"{memory / 2**20:.0f}" if memory else "",
+                    "" if values is None else f"{values:,}",
+                ]
+            )  # fmt: skip
+    header = [
+        f"{data}, {max(shots)} shots",
+        "macro-F1, %",
+        "ECE, %",
+        "training, s",
+        "an image, ms",
+        "peak, MiB",
+        "values",
+    ]
+    return table(header, rows)
+
+
+def _difference_table(results: dict, protocol: str, test: str, shots: int) -> str:
+    found = compare(results, protocol, test, shots)
+    reference = results["methods"][results["settings"]["reference"]]["title"]
+    rows = [
+        [
+            title(results, name), f"{100 * d['mean']:+.1f}", interval(d, "over_draws"), interval(d, "over_data"),
+            str(d["pairs"]),
+        ]
+        for name, d in sorted(found.items(), key=lambda item: -item[1]["mean"])
+    ]  # fmt: skip
+    header = [
+        f"minus {reference}, {headline(test)}, {shots} shots",
+        "points",
+        "95 % over draws",
+        "95 % over data sets",
+        "pairs",
+    ]
+    return table(header, rows)
+
+
+def pairs(results: dict) -> list[tuple[str, str]]:
+    """Protocols and data sets that have cells, in order."""
+    return list(dict.fromkeys((entry["cell"]["protocol"], entry["cell"]["data"]) for entry in results["cells"]))
+
+
+def shots_of(results: dict, protocol: str) -> list[int]:
+    """The numbers of shots of a protocol."""
+    return sorted({entry["cell"]["shots"] for entry in cells_of(results, protocol=protocol)} - {0}) or [0]
+
+
+def main_test(protocol: str) -> str:
+    """The score by which methods are compared."""
+    return "H" if protocol == "base_to_new" else "accuracy"
+
+
+def conditions(results: dict) -> list[str]:
+    """What holds for all figures, in sentences."""
+    s, e = results["settings"], results["environment"]
+    validation = "none" if s["validation"] == "none" else "min(shots, 4) images of each class, where ᵛ stands"
+    return [
+        f"Base: {s['base_model']} ({s['base_fingerprint']}); coop_hf {s['coop_hf']}, torch {e['torch']}, "
+        f"transformers {e['transformers']}.",
+        f"Seeds {', '.join(map(str, s['seeds']))}; recipe {s['recipe']}; validation: {validation}. One set of "
+        "hyperparameters for a method, the last step counts; test images are scored once, out of the methods' reach.",
+        f"{e['cpu_cores']} cores, {'GPU ' + e['gpu'] if e['gpu'] else 'no GPU'}; {e['processes']} "
+        f"cell{'s' if e['processes'] > 1 else ''} at a time, {s['threads']} thread{'s' if s['threads'] > 1 else ''} "
+        "each. Times are those of this machine; an image's time is without the image tower, with it where * stands.",
+        f"± is the standard deviation over draws. {LEGEND}",
+    ]
+
+
+def markdown(results: dict) -> str:
+    """All tables."""
+    parts = ["# Comparison", *conditions(results)]
+    for protocol, data in pairs(results):
+        parts.append(f"## {data}, {protocol}")
+        tests = _tests(cells_of(results, protocol=protocol, data=data))
+        parts += [_accuracy_table(results, protocol, data, test) for test in tests]
+        parts.append(_cost_table(results, protocol, data, tests[0]))
+    for protocol in dict.fromkeys(protocol for protocol, _ in pairs(results)):
+        sets = [data for own, data in pairs(results) if own == protocol]
+        parts.append(f"## Differences, {protocol}, mean over {', '.join(sets)}")
+        parts += [_difference_table(results, protocol, main_test(protocol), k) for k in shots_of(results, protocol)]
+    means = both_harmonic_means(results)
+    if means:
+        rows = [[title(results, name), percent(first), percent(second)] for name, (first, second) in means.items()]
+        header = ["base to new, all data sets and draws", "mean of harmonic means", "harmonic mean of means"]
+        parts += ["## Harmonic means", table(header, rows)]
+    if results["failed"]:
+        parts.append(
+            "## Failed\n\n" + "\n".join(f"- {f['data']}, {f['cell']}: {f['error']}" for f in results["failed"])
+        )
+    if results["command"]:
+        parts.append(f"## Command\n\n```bash\n{results['command']}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def scores_csv(results: dict) -> str:
+    """One row for each cell and test, nothing in it that another run of the same cells would change."""
+    header = ["protocol", "data", "test", "method", "shots", "seed", "accuracy", "macro_f1", "ece"]
+    rows = []
+    for entry in results["cells"]:
+        cell = entry["cell"]
+        for test, accuracy in entry["scores"].items():
+            found = entry["details"].get(test, {})
+            key = [cell["protocol"], cell["data"], test, cell["method"], cell["shots"], cell["seed"]]
+            rows.append([*key, round(accuracy, 6), found.get("macro_f1", ""), found.get("ece", "")])
+    return _csv(header, rows)
+
+
+def costs_csv(results: dict) -> str:
+    """One row for each cell: time and memory."""
+    keys = ["fit_seconds", "image_ms", "with_image_tower", "peak_memory_bytes", "peak_gpu_memory_bytes"]
+    names = ["protocol", "data", "method", "shots", "seed"]
+    rows = [
+        [*(entry["cell"][name] for name in names), *(entry["cost"][key] for key in keys), entry["learned_values"]]
+        for entry in results["cells"]
+    ]
+    return _csv([*names, *keys, "learned_values"], rows)
+
+
+def write_report(results: dict, folder: str) -> str:
+    """Writes all files of a comparison.
+
+    Args:
+        results (`dict`): as `benchmark` returns it.
+        folder (`str`): where; made if missing.
+
+    Returns:
+        `str`: what to tell the user: the tables of differences, and the files.
+    """
+    os.makedirs(folder, exist_ok=True)
+    texts: dict[str, Callable[[], str]] = {
+        "benchmark.json": lambda: json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+        "scores.csv": lambda: scores_csv(results),
+        "costs.csv": lambda: costs_csv(results),
+        "benchmark.md": lambda: markdown(results),
+    }
+    for name, text in texts.items():
+        with write_atomically(os.path.join(folder, name)) as temporary:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text())
+    shown = [_accuracy_table(results, protocol, data, main_test(protocol)) for protocol, data in pairs(results)]
+    return "\n" + "\n\n".join(shown) + f"\n\nWritten to {folder}: {', '.join(texts)}"
