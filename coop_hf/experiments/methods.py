@@ -21,12 +21,13 @@ from ..baselines import (
     fit_pet,
     zero_shot_logits,
 )
+from ..baselines.clip_lora import fit_clip_lora
 from ..config import CoOpConfig
 from ..core.layout import encode_words
 from ..data.feature_cache import EmbeddedImages
-from ..data.labelled_images import collate
+from ..data.labelled_images import LabelledImages, collate
 from ..modeling import CoOpModel
-from ..training.arguments import CoOpTrainingArguments
+from ..training.arguments import CoOpTrainingArguments, get_recipe
 from ..training.heads import fit_head
 from ..training.trainer import CoOpTrainer
 from .configs import check_fields, make_config
@@ -158,7 +159,8 @@ def _fit_probe(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
     more: dict[str, Any] = {}
     if options.validation == "none":  # a fixed strength; what it is then measured on chooses nothing
         val, more = (shots.image_embeds, shots.labels), {"coarse": [PROBE_C], "num_steps": 0}
-    probe = fit_linear_probe(shots.image_embeds, shots.labels, *val, class_names=shots.class_names, **more)
+    more["class_names"] = shots.class_names
+    probe = fit_linear_probe(shots.image_embeds, shots.labels, val[0], val[1], **more)
 
     def predict(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
         if list(names) != list(shots.class_names):
@@ -336,6 +338,28 @@ def head(title: str, method: str) -> Method:
     return Method(title, fit, any_classes=False, chooses=method in ("tip_adapter", "tip_adapter_f", "gda"))
 
 
+def _fit_clip_lora(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
+    """500 steps for each shot by the paper's recipe; by the fast one as many as the other methods take."""
+    assert shots.images is not None
+    images = LabelledImages(
+        shots.images, model.image_processor, *shots.columns, shots.class_names, seed=shots.seed, augment=True
+    )
+    steps = 500 * shots.shots if options.recipe == "paper" else get_recipe("fast")["max_steps"]
+    base = fit_clip_lora(model, images, options.template, steps, seed=shots.seed)
+
+    def predict(images: Any, names: list[str]) -> torch.Tensor:
+        embeds, found = class_embeddings(base, model.tokenizer, names, options.template), []
+        for start in range(0, len(images), BATCH_SIZE):
+            inputs = collate([images[row] for row in range(start, min(start + BATCH_SIZE, len(images)))])
+            inputs.pop("labels", None)
+            found.append(zero_shot_logits(base, embeds, **inputs))
+        return torch.cat(found)
+
+    predict.sees_images = True  # type: ignore[attr-defined]
+    lora = sum(value.numel() for name, value in base.named_parameters() if "lora_" in name)
+    return _holding(predict, lora)
+
+
 def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
     """Teachers: the prompt ensemble, CuPL if there is a file, and a context learned on the labelled images.
 
@@ -381,6 +405,7 @@ METHODS = {
     "vpt": learner("VPT", "vpt"),
     "ivlp": learner("IVLP", "ivlp"),
     "maple": learner("MaPLe", "maple"),
+    "clip_lora": Method("CLIP-LoRA", _fit_clip_lora, sees_images=True),
     "promptsrc": learner("PromptSRC", "ivlp", "promptsrc", knowledge=("templates",)),
 }
 
