@@ -18,6 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..checks import clean_class_name, some
 from ..config import CoOpConfig
+from ..data.feature_cache import EmbeddedImages, embed_images
+from ..data.labelled_images import LabelledImages
 from ..data.sources import IMAGE_EXTENSIONS, SPLIT_NAMES, apart
 from ..files.model_card import write_card
 from ..hub import is_hub_id
@@ -262,14 +264,25 @@ def learn(
     where = {"base_model_name_or_path": base_name, "revision": base.config.revision} if is_public else {}
     model.adapter.config = replace(model.config, **{"base_model_name_or_path": None, "revision": None, **where})
     with tempfile.TemporaryDirectory() as work:
+        tell(0.0, "Looking at images")
+        # In this process: workers would be forked from one with many threads, where a lock may be held for ever.
+        parts = [LabelledImages(part, model.image_processor, class_names=names) for part in (train, test)]
+        embedded = [
+            EmbeddedImages(embed_images(model, part, None, work, num_workers=0, progress=False), part.labels)
+            for part in parts
+        ]
         args = CoOpTrainingArguments(
-            work, seed=seed, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
-            feature_cache_dir=os.path.join(work, "features"),
-        )  # fmt: skip
-        trainer = CoOpTrainer(model=model, args=args, train_dataset=train, eval_dataset=test, callbacks=[_Tells(tell)])
+            work, seed=seed, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no"
+        )
+        trainer = CoOpTrainer(
+            model=model,
+            args=args,
+            train_dataset=embedded[0],
+            eval_dataset=embedded[1],
+            callbacks=[_Tells(tell)],
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.about = {"dataset": "images of one's own"}
-        tell(0.0, "Measuring the hand-written prompt")
         with model.disable_adapter():
             before = trainer.evaluate(metric_key_prefix="zero_shot")["zero_shot_accuracy"]
         trainer.train()
