@@ -27,6 +27,9 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
+# In every file, for programs that take it for an adapter of PEFT: they look the value up, and it is what they print.
+PEFT_TYPE = "COOP_HF (no adapter of PEFT: load it with coop_hf.CoOpModel.from_pretrained)"
+
 _Config = TypeVar("_Config", bound="PromptConfig")
 
 # Of CoOp's files, as since the first release; the other methods came with version 2, which names the method.
@@ -146,9 +149,10 @@ class PromptConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain Python values: with its `"method"` unless it is CoOp's, and `original_crop` only
-        where it is true, as of before it came."""
+        """The configuration as plain Python values: with its `"method"` unless it is CoOp's, `original_crop` only
+        where it is true, as of before it came, and a `"peft_type"` that tells PEFT whose adapter this is."""
         values = {**dataclasses.asdict(self), **({} if self.method == "coop" else {"method": self.method})}
+        values["peft_type"] = PEFT_TYPE
         if not self.original_crop:
             del values["original_crop"]
         return values
@@ -172,10 +176,19 @@ class PromptConfig:
         """Makes a configuration from plain values. Unknown keys are dropped with a warning that names them.
 
         Raises:
-            ValueError: a method that is not known, or another than this class reads; or a bad value.
+            ValueError: a method that is not known, or another than this class reads; a configuration of PEFT; or a bad
+                value.
         """
         if not isinstance(values, dict):
             raise ValueError(f"an adapter configuration must be a JSON object, got {type(values).__name__}.")
+        peft_type = values.get("peft_type")
+        is_ours = peft_type is None or str(peft_type).startswith("COOP_HF")
+        if not is_ours and not {"n_ctx", "method"} & set(values):
+            raise ValueError(
+                f"this is an adapter of PEFT, of the type {shown(peft_type)}, and none of coop_hf: load it with "
+                "`peft.PeftModel.from_pretrained(base, ...)`. On a base that PEFT has wrapped a prompt can be "
+                "learned: `CoOpModel(base, processor=...)`."
+            )
         method = values.get("method", "coop")
         if method not in ("coop", *CONFIGS):
             importlib.import_module(
@@ -193,7 +206,8 @@ class PromptConfig:
                 f"{kind.__name__}, or with PromptConfig, which takes any."
             )
         known = {f.name for f in dataclasses.fields(kind)}
-        unknown = sorted(str(key)[:80] for key in values if key not in known and key != "method")
+        known |= {"method", "peft_type"} if is_ours else {"method"}
+        unknown = sorted(str(key)[:80] for key in values if key not in known)
         if unknown:
             more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
             warnings.warn(
@@ -201,7 +215,7 @@ class PromptConfig:
                 "come from a newer version of coop_hf, or from another kind of adapter.",
                 stacklevel=2,
             )
-        return kind(**{key: value for key, value in values.items() if key in known})
+        return kind(**{key: value for key, value in values.items() if key in known - {"method", "peft_type"}})
 
     @classmethod
     def from_json_file(cls: type[_Config], path: str | os.PathLike[str]) -> _Config:

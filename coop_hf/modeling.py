@@ -32,8 +32,7 @@ from .deploy.merging import merge_and_unload
 from .files.adapter_files import Shapes, check_adapter, read_adapter
 from .files.coop_checkpoint import read_coop_checkpoint
 from .files.coop_conversion import checkpoint_to_adapter
-from .files.load_base import check_is_base, load_base, load_base_of_adapter
-from .files.publish import push_to_hub
+from .files.load_base import check_is_base, load_base, load_base_of_adapter, take_config
 from .hub import has_file
 
 
@@ -336,9 +335,7 @@ class CoOpModel(AdapterModel):
             indices = range(start, min(start + batch_size, len(images)))
             yield self(_view=view, **collate([read_image(images, index, transform) for index in indices])).logits
 
-    # Functions of their own rooms, and nothing to add.
-    push_to_hub = push_to_hub
-    merge_and_unload = merge_and_unload
+    merge_and_unload = merge_and_unload  # a function of its own room, and nothing to add
 
     def as_image_classifier(self) -> ImageClassifier:
         """Image tower and class embeddings as one plain module, for export; see `coop_hf.deploy.export`."""
@@ -445,11 +442,14 @@ class CoOpModel(AdapterModel):
             subfolder (`str`, *optional*): folder of the adapter in its repository.
             token, cache_dir, local_files_only, force_download: as for `huggingface_hub.hf_hub_download`.
             base_model_kwargs: passed to the base's `from_pretrained`: `dtype`, `device_map`, `attn_implementation` ...
+                Fields of `CoOpConfig`, such as `n_ctx=4`, stand for a `config` of their own; `device` is where the
+                model is moved.
 
         Raises:
             ValueError, OSError: says what was not found, damaged or contradictory; a base that is not supported.
         """
         name = os.fspath(pretrained_model_name_or_path)
+        config, device = take_config(config, base_model_kwargs), base_model_kwargs.pop("device", None)
         download: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
         download |= {"local_files_only": local_files_only, "force_download": force_download}
         download = {key: value for key, value in download.items() if value is not None and value is not False}
@@ -462,7 +462,8 @@ class CoOpModel(AdapterModel):
                 raise ValueError(f"{name!r} is not an adapter, so `base_model` has no place: pass one or the other.")
             config = replace(config or CoOpConfig(), base_model_name_or_path=name, revision=revision)
             base, processor = load_base(name, processor, source, base_model_kwargs)
-            return cls(base, config, class_names, processor, **options)
+            model = cls(base, config, class_names, processor, **options)
+            return model if device is None else model.to(device)
 
         if config is not None:
             raise ValueError(
@@ -483,7 +484,7 @@ class CoOpModel(AdapterModel):
         model._set_trainable()
         if class_names is not None:
             model.set_class_names(class_names)
-        return model
+        return model if device is None else model.to(device)
 
 
 def _check_labels(labels: Tensor, view: View) -> None:

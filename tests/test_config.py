@@ -8,7 +8,7 @@ import pytest
 
 from coop_hf import CoOpConfig, PromptConfig, __version__
 from coop_hf.checks import check_class_names, clean_class_name
-from coop_hf.config import ADAPTER_CONFIG_NAME, CONFIGS, FORMAT_VERSION
+from coop_hf.config import ADAPTER_CONFIG_NAME, CONFIGS, FORMAT_VERSION, PEFT_TYPE
 
 
 FULL = {
@@ -36,6 +36,7 @@ def test_defaults():
         "revision": None,
         "format_version": 1,
         "coop_hf_version": __version__,
+        "peft_type": PEFT_TYPE,
     }
     assert FORMAT_VERSION == 1
     assert CoOpConfig(ctx_init="a photo of a").n_ctx is None, "only a tokenizer can count words"

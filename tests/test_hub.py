@@ -10,10 +10,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from conftest import make_base
 from hub_server import HubServer
 
@@ -611,3 +613,62 @@ def test_edits_of_the_card_on_the_hub_survive(here, token, base, processor):
     assert after["notes.txt"] == b"mine", "other files of the repository stay"
     push_to_hub(model, "ada/flowers", token=token, card="---\nlicense: mit\n---\nAll mine.\n")
     assert here.files("ada/flowers")["README.md"] == b"---\nlicense: mit\n---\nAll mine.\n"
+
+
+# ---------------------------------------------------------------------- habits of transformers, and paths of one's own
+
+
+def card_values(hub, repo_id="ada/flowers"):
+    return yaml.safe_load(hub.files(repo_id)["README.md"].decode().split("---\n")[1])
+
+
+def test_saving_and_pushing_in_one_call(here, token, base, processor, tmp_path, monkeypatch):
+    model = make_model(base, processor, name="ada/tiny-clip")
+    with pytest.raises(TypeError, match="has no use for `token`, `repo_id`: .* push_to_hub=True"):
+        model.save_pretrained(tmp_path / "flowers", token=token, repo_id="ada/flowers")
+    with pytest.raises(TypeError, match="must be True or False, and the repository `repo_id="):
+        model.save_pretrained(tmp_path / "flowers", push_to_hub="ada/flowers")
+    assert not (tmp_path / "flowers").exists()
+    model.save_pretrained(tmp_path / "flowers", push_to_hub=True, token=token, tags=["garden"])
+    assert "garden" in card_values(here)["tags"], "named after the folder, in the token's own space"
+    model.save_pretrained(tmp_path / "x", push_to_hub=True, repo_id="ada/other", token=token, commit_message="Mine")
+    commit = here.repos["ada/other"].find("main")
+    assert commit.title == "Mine"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert commit.files[name] == (tmp_path / "x" / name).read_bytes()
+
+
+def test_tags_license_and_language(here, token, base, processor):
+    model = make_model(base, processor, name="ada/tiny-clip")
+    training = {"dataset": "Flowers", "metrics": {"accuracy": 0.5}, "num_eval": 10}
+    push_to_hub(model, "ada/flowers", token=token, training=training)
+    before = here.files("ada/flowers")["README.md"].decode()
+    options = {"tags": ["garden", "clip"], "license": "mit", "language": "de"}
+    push_to_hub(model, "ada/flowers", token=token, **options)
+    values = card_values(here)
+    assert values["license"] == "mit" and values["language"] == ["de"]
+    assert values["tags"][-1] == "garden" and values["tags"].count("clip") == 1
+    after = here.files("ada/flowers")["README.md"].decode()
+    assert after.split("---\n", 2)[2] == before.split("---\n", 2)[2], "what was measured stays"
+    with pytest.warns(UserWarning, match="no place for tasks in"):
+        push_to_hub(model, "ada/flowers", token=token, tasks="image-classification", dataset_name="Roses")
+    assert "`Roses`" in here.files("ada/flowers")["README.md"].decode()
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "for snow"])
+def test_a_local_base_is_not_uploaded(here, token, base_folder, tmp_path, adapter_name):
+    model = CoOpModel.from_pretrained(base_folder, n_ctx=2, class_names=NAMES, adapter_name=adapter_name)
+    with pytest.warns(UserWarning, match="is a folder on this machine, .*model.config.base_model_name_or_path = "):
+        push_to_hub(model, "ada/flowers", token=token)
+    assert not [path for path, data in here.files("ada/flowers").items() if str(base_folder.parent).encode() in data]
+    assert model.config.base_model_name_or_path == str(base_folder), "here it stays"
+    where = {"cache_dir": tmp_path, "token": token, "subfolder": None if adapter_name == "default" else adapter_name}
+    with pytest.raises(ValueError, match="does not name its base model: pass `base_model=`"):
+        CoOpModel.from_pretrained("ada/flowers", **where)
+    again = CoOpModel.from_pretrained("ada/flowers", base_model=base_folder, **where)
+    assert torch.equal(again.context, model.context)
+    model.config.base_model_name_or_path = "ada/tiny-clip"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        push_to_hub(model, "ada/flowers", token=token)
+    assert card_values(here)["base_model"] == "ada/tiny-clip"

@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_class_names, clean_class_name
+from ..checks import check_class_names
 from ..config import CoOpConfig, PromptConfig
 from ..core.class_prompts import ClassPrompts
 from ..core.families import Family
-from ..files.adapter_files import Shapes, check_adapter, read_adapter, write_adapter
-from ..files.model_card import write_card
+from ..files.adapter_files import Shapes, check_adapter, read_adapter
+from ..files.publish import push_to_hub, save_adapters, save_pretrained
+from .average import add_weighted_adapter
 from .base import Adapter, get_adapter_class
+from .naming import check_new_name, class_order
 
 
 __all__ = ["AdapterModel"]
@@ -129,8 +130,8 @@ class AdapterModel(nn.Module):
 
     def add_adapter(
         self,
-        adapter_name: str,
-        config: PromptConfig | None = None,
+        adapter_name: str | PromptConfig,
+        config: PromptConfig | str | None = None,
         class_names: list[str] | None = None,
         context: Tensor | None = None,
     ) -> None:
@@ -138,7 +139,8 @@ class AdapterModel(nn.Module):
 
         Args:
             adapter_name (`str`): a new name.
-            config (`PromptConfig`, *optional*, defaults to `CoOpConfig()`): which method and how; it is copied.
+            config (`PromptConfig`, *optional*, defaults to `CoOpConfig()`): which method and how; it is copied. The
+                two in the order of transformers, `add_adapter(config, name)`, are understood as well.
             class_names (`list[str]`, *optional*, defaults to `config.class_names`): its classes.
             context (`torch.Tensor`, *optional*): `(n_ctx, dim)` or `(num_classes, n_ctx, dim)`, vectors to start from
                 instead of those that `config` describes.
@@ -146,7 +148,10 @@ class AdapterModel(nn.Module):
         Raises:
             ValueError: a name that is taken or unfit, classes that don't fit, or a context of another shape.
         """
-        self._add(adapter_name, config, class_names, None if context is None else {"prompt_embeddings": context})
+        if isinstance(adapter_name, PromptConfig) and (config is None or isinstance(config, str)):
+            adapter_name, config = config or "default", adapter_name
+        tensors = None if context is None else {"prompt_embeddings": context}
+        self._add(adapter_name, config, class_names, tensors)  # type: ignore[arg-type]  # checked there
 
     def _add(
         self,
@@ -156,7 +161,7 @@ class AdapterModel(nn.Module):
         tensors: dict[str, Tensor] | Callable[[Shapes], dict[str, Tensor]] | None = None,
         is_trainable: bool = True,
     ) -> None:
-        _check_new_name(adapter_name, self.adapters)
+        check_new_name(adapter_name, self.adapters)
         if config is not None and not isinstance(config, PromptConfig):
             raise TypeError(
                 f"`config` must be a CoOpConfig or the configuration of another method, got {type(config).__name__}: "
@@ -178,7 +183,7 @@ class AdapterModel(nn.Module):
             adapter.class_prompts = self._make_prompts(adapter, config.class_names)
         adapter.to(self.device)
         with _CHANGES:
-            _check_new_name(adapter_name, self.adapters)
+            check_new_name(adapter_name, self.adapters)
             self.adapters[adapter_name] = adapter
             self._set_trainable()
 
@@ -212,7 +217,7 @@ class AdapterModel(nn.Module):
         Raises:
             ValueError: the adapter is damaged, or was made for a base of another width.
         """
-        _check_new_name(adapter_name, self.adapters)
+        check_new_name(adapter_name, self.adapters)
         config = check_adapter(name_or_path, **kwargs)
         own, other = self.base_model.config._name_or_path, config.base_model_name_or_path
         if own and other and own != other:
@@ -322,6 +327,24 @@ class AdapterModel(nn.Module):
         """The base model, as it was given."""
         return self.base_model
 
+    unload = get_base_model  # PEFT's other name for it; nothing has to be taken out of the base
+
+    @property
+    def peft_config(self) -> dict[str, PromptConfig]:
+        """The configurations of all adapters by name, where PEFT has them."""
+        return {name: self._known(name).config for name in self.adapters}
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of values, as of a model of transformers.
+
+        Args:
+            only_trainable (`bool`, *optional*, defaults to `False`): only those that learn.
+            exclude_embeddings (`bool`, *optional*, defaults to `False`): without those of `nn.Embedding`.
+        """
+        embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding) and exclude_embeddings}
+        counted = [p for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)]
+        return sum(p.numel() for p in counted)
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(number of values that learn, number of all values)."""
         counts = [(p.numel() * p.requires_grad, p.numel()) for p in self.parameters()]
@@ -334,50 +357,11 @@ class AdapterModel(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        selected_adapters: list[str] | None = None,
-        training: dict[str, Any] | None = None,
-    ) -> None:
-        """Saves adapters: `default` into the folder itself, others into a subfolder of their name. Never the base.
-
-        A model card, `README.md`, is written beside them; what a person changed in an earlier one stays.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder; made if missing.
-            selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
-            training (`dict`, *optional*): what the card says of the training, see
-                `coop_hf.files.model_card.make_card`.
-        """
-        selected = self.save_adapters(save_directory, selected_adapters)
-        if selected:
-            write_card(save_directory, self, training=training, selected_adapters=selected)
-
-    def save_adapters(
-        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
-    ) -> list[str]:
-        """The files of `save_pretrained` without the model card.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder; made if missing.
-            selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
-
-        Returns:
-            `list[str]`: the names of those written.
-
-        Raises:
-            ValueError: the folder is a file, an unknown adapter, or a context with NaN.
-        """
-        if os.path.isfile(save_directory):
-            raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
-        if isinstance(selected_adapters, str):
-            raise ValueError(f"`selected_adapters` must be a list of names, got the string {selected_adapters!r}.")
-        names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
-        for name, adapter in [(name, self._known(name)) for name in names]:
-            folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            write_adapter(folder, adapter.config, adapter.learned_state())
-        return names
+    # Functions of their own rooms, and nothing to add.
+    save_pretrained = save_pretrained
+    save_adapters = save_adapters
+    push_to_hub = push_to_hub
+    add_weighted_adapter = add_weighted_adapter
 
     # ------------------------------------------------------------------ classes
 
@@ -407,7 +391,7 @@ class AdapterModel(nn.Module):
         with _CHANGES:
             order = None
             if adapter.is_class_bound and adapter.config.class_names is not None:
-                order = _class_order(adapter.config.class_names, class_names)
+                order = class_order(adapter, class_names)
             prompts = self._make_prompts(adapter, class_names)  # checks lengths before anything is changed
             config = replace(adapter.config, class_names=class_names)
             if order is None or order == list(range(len(order))):
@@ -463,43 +447,13 @@ class AdapterModel(nn.Module):
         """Where the base's embeddings are."""
         return self.family.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype; what is learned is fp32."""
+        return self.base_model.dtype
+
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """What `gradient_checkpointing=True` asks for: computes the classes in chunks of 128 where no size was set."""
         self.text_chunk_size = self.text_chunk_size or 128
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name in older versions of transformers
-
-
-def _check_new_name(name: str, adapters: nn.ModuleDict) -> None:
-    ok = isinstance(name, str) and 0 < len(name) <= 128
-    if not ok or any(not (c.isalnum() or c in "-_ ") for c in name) or name != name.strip():
-        raise ValueError(
-            f"an adapter's name must be made of letters, digits, spaces, '-' and '_', as it names a folder; got "
-            f"{name!r}."
-        )
-    if name in adapters:
-        raise ValueError(f"there is an adapter named {name!r} already; take another name, or delete it first.")
-    if hasattr(adapters, name):
-        raise ValueError(f"{name!r} cannot name an adapter (it is an attribute of nn.ModuleDict); take another.")
-
-
-def _class_order(own_names: list[str], class_names: list[str]) -> list[int]:
-    """Where each of `class_names` stands among the classes that something was learned for."""
-    own: dict[str, list[int]] = {}
-    for index, name in enumerate(own_names):
-        own.setdefault(clean_class_name(name), []).append(index)
-    new = [clean_class_name(name) for name in class_names]
-    have, wanted = Counter({name: len(places) for name, places in own.items()}), Counter(new)
-    if have == wanted:
-        places = {name: iter(indices) for name, indices in own.items()}
-        return [next(places[name]) for name in new]
-    missing, unknown = ([repr(name) for name in more] for more in (have - wanted, wanted - have))
-    parts = [
-        f"{what} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
-        for what, names in (("it has no vectors for", unknown), ("the new list lacks", missing))
-        if names
-    ]
-    raise ValueError(
-        f"a class-specific context holds vectors for its own classes alone: {'; '.join(parts)}. Learn a unified "
-        "context (class_specific=False) to change classes."
-    )

@@ -37,6 +37,8 @@ TRAINING_KEYS = (
     "shots",
     "seed",
     "license",
+    "language",
+    "tags",
     "metrics",
     "zero_shot_metrics",
     "hyperparameters",
@@ -45,17 +47,33 @@ TRAINING_KEYS = (
     "seconds",
 )
 
+# What stands in the metadata alone, and says nothing of one training.
+METADATA_KEYS = ("license", "language", "tags")
+
+# Names that transformers' Trainer has for some of them.
+_ALIASES = {"dataset_name": "dataset", "dataset_tags": "dataset_id"}
+
 _METRIC_NAMES = {"accuracy": ("accuracy", "Accuracy"), "macro_f1": ("f1", "Macro-F1")}
 
 
 def _checked(training: dict | None) -> dict:
-    unknown = sorted(str(key) for key in training or {} if key not in TRAINING_KEYS)
+    training = {_ALIASES.get(key, key): value for key, value in (training or {}).items()}
+    unknown = sorted(str(key) for key in training if key not in TRAINING_KEYS)
     if unknown:
         warnings.warn(
             f"the card has no place for {', '.join(unknown[:10])} in `training`; it knows {', '.join(TRAINING_KEYS)}.",
             stacklevel=3,
         )
-    return {key: value for key, value in (training or {}).items() if key in TRAINING_KEYS and value is not None}
+    known = {key: value for key, value in training.items() if key in TRAINING_KEYS and value is not None}
+    for key in ("dataset", "dataset_id"):  # transformers takes a list as well, and a card tells of one data set
+        if isinstance(known.get(key), (list, tuple)):
+            known[key] = ", ".join(map(str, known[key]))
+    return known
+
+
+def _words(value: Any) -> list[str]:
+    """One string or several, as a list."""
+    return [str(part) for part in ([value] if isinstance(value, str) else value or [])]
 
 
 def code(text: Any) -> str:
@@ -105,8 +123,9 @@ def _metadata(name: str, adapters: dict, trained: str, training: dict) -> dict:
         base_model_relation="adapter" if bases else None,
         library_name="coop_hf",
         pipeline_tag="zero-shot-image-classification",
-        tags=["clip", *sorted({a.config.method for a in adapters.values()}), "prompt-learning", "few-shot"],
+        tags=list(dict.fromkeys([*_tags(adapters), *_words(training.get("tags"))])),
         license=str(training["license"]) if training.get("license") else None,
+        language=_words(training.get("language")) or None,
         datasets=[str(dataset_id)] if dataset_id and is_hub_id(str(dataset_id)) else None,
         metrics=[_METRIC_NAMES[key][0] for key in metrics] or None,
         eval_results=results or None,
@@ -115,6 +134,10 @@ def _metadata(name: str, adapters: dict, trained: str, training: dict) -> dict:
     if not results:
         values.pop("model_name", None)
     return values
+
+
+def _tags(adapters: dict) -> list[str]:
+    return ["clip", *sorted({a.config.method for a in adapters.values()}), "prompt-learning", "few-shot"]
 
 
 def _entry_name(name: str, adapter_name: str) -> str:

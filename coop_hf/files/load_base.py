@@ -2,20 +2,36 @@
 
 import json
 import os
+from dataclasses import fields
 from typing import Any
 
 import transformers
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoProcessor, AutoTokenizer
 
-from ..config import ADAPTER_CONFIG_NAME, PromptConfig
+from ..config import ADAPTER_CONFIG_NAME, CoOpConfig, PromptConfig
 from ..core.families import FAMILIES, Family, get_family, supported_models
 from ..hub import find_file, has_file, hub_errors, is_hub_id, remove_damaged
 from .adapter_files import base_of
 
 
-__all__ = ["check_is_base", "load_base", "load_base_of_adapter"]
+__all__ = ["check_is_base", "load_base", "load_base_of_adapter", "take_config"]
 
 _INDEX = "model.safetensors.index.json"
+
+
+def take_config(config: PromptConfig | None, kwargs: dict[str, Any]) -> PromptConfig | None:
+    """The configuration of a fresh adapter, of which single fields may stand among the keywords; takes them out there.
+
+    Raises:
+        TypeError: fields beside a configuration.
+    """
+    of_base = ("base_model_name_or_path", "revision", "format_version", "coop_hf_version")
+    names = [field.name for field in fields(CoOpConfig) if field.name in kwargs and field.name not in of_base]
+    own = {name: kwargs.pop(name) for name in names}
+    if own and config is not None:
+        given = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        raise TypeError(f"{given} belongs into `config`: write config={type(config).__name__}({given}, ...).")
+    return CoOpConfig(**own) if own else config
 
 
 def check_is_base(name: str, subfolder: str | None, source: dict[str, Any]) -> None:
@@ -51,6 +67,13 @@ def load_base(name: str, processor: Any, source: dict[str, Any], kwargs: dict[st
     with hub_errors(name):
         base, report = getattr(transformers, family.model_class).from_pretrained(
             name, output_loading_info=True, **source, **kwargs
+        )
+    if any(parameter.is_meta for parameter in base.parameters()) and not hasattr(base, "hf_device_map"):
+        raise ValueError(
+            f"the weights of {name!r} are on no device: transformers {transformers.__version__} leaves a model that "
+            f"goes to one place alone, as with device_map={kwargs.get('device_map')!r}, without what fetches it from "
+            'there. Keep a part elsewhere, such as device_map={"text_model": "disk", "vision_model": "cpu", ...}, or '
+            "upgrade transformers."
         )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -103,15 +126,25 @@ def _fetch_weights(name: str, source: dict[str, Any]) -> None:
 def _family_of(name: str, config_file: str) -> type[Family]:
     try:
         with open(config_file, encoding="utf-8") as file:
-            model_type = json.load(file).get("model_type")
+            values = json.load(file)
+            model_type, written_by = values.get("model_type"), values.get("transformers_version")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config_file} is not a model's configuration ({str(error)[:200]}).") from None
+    by = f" Its config.json was written by transformers {str(written_by)[:40]}." if written_by else ""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+        unknown = "" if is_known else f" transformers {transformers.__version__} does not know it either.{by}"
         raise ValueError(
             f"{name!r} is not a supported base model: its config.json says model_type {str(model_type)[:80]!r}. "
-            f"Supported: {supported_models()}."
+            f"Supported: {supported_models()}.{unknown}"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    if not hasattr(transformers, family.model_class):
+        raise ValueError(
+            f"{name!r} is a {family.model_class}, and transformers {transformers.__version__}, which is installed, "
+            f"has no such class: upgrade transformers.{by}"
+        )
+    return family
 
 
 def load_base_of_adapter(
@@ -133,6 +166,8 @@ def load_base_of_adapter(
         get_family(base_model)
         if processor is None:
             raise ValueError("with a loaded `base_model`, pass its `processor` too.")
+        if kwargs:
+            raise TypeError(f"the base is loaded already, so {', '.join(kwargs)} has no use: leave it out.")
         return base_model, processor
     base_name = base_of(config, name) if base_model is None else os.fspath(base_model)
     source = {**download, **({"revision": config.revision} if config.revision and not base_model else {})}

@@ -25,6 +25,7 @@ import yaml
 
 from ..atomic import write_atomically
 from .card_text import (
+    METADATA_KEYS,
     _checked,
     _citation,
     _entry_name,
@@ -34,6 +35,7 @@ from .card_text import (
     _results,
     _summary,
     _use,
+    _words,
     code,
 )
 
@@ -108,7 +110,8 @@ def make_card(
 
             - `dataset` (`str`): its name; `dataset_id` (`str`): its Hub id; `split` (`str`): what was evaluated on;
             - `num_train`, `num_eval` (`int`): images trained and evaluated on; `shots`, `seed` (`int`);
-            - `license` (`str`): an identifier such as `"mit"`;
+            - `license` (`str`): an identifier such as `"mit"`; `language` (`str` or `list[str]`), `tags`
+              (`list[str]`): more of the metadata;
             - `metrics`, `zero_shot_metrics` (`dict[str, float]`): fractions, such as `{"accuracy": 0.61}`, of the
               learned prompt and of the hand-written template, on the same images;
             - `hyperparameters` (`dict`): name to value; `versions` (`dict[str, str]`): of libraries, defaults to those
@@ -131,10 +134,11 @@ def make_card(
     name = name or "path/to/this/folder"
     trained = model.active_adapter if model.active_adapter in adapters else next(iter(adapters))
     metadata = _metadata(name, adapters, trained, training)
+    told = {key: value for key, value in training.items() if key not in METADATA_KEYS}
     parts = {"summary": _summary(name, adapters)}
     is_sigmoid = getattr(getattr(model, "family", None), "is_sigmoid", False)
     for key, adapter in adapters.items():
-        known = training if key == trained else {}
+        known = told if key == trained else {}
         heading = "" if list(adapters) == ["default"] else f": {code(key)}"
         parts[_part_name("learned", key)] = _learned(model, key, adapter, heading)
         parts[_part_name("results", key)] = _results(adapter, known, heading)
@@ -142,7 +146,9 @@ def make_card(
         parts[_part_name("training", key)] = _how_trained(known, heading)
     parts["citation"] = _citation(adapters, (training.get("hyperparameters") or {}).get("objective"))
     if existing is not None and existing.strip():
-        return _merge(existing, name, metadata, parts, list(adapters), trained if training else None)
+        return _merge(
+            existing, name, metadata, parts, list(adapters), trained if told else None, _words(training.get("tags"))
+        )
     body = "\n\n".join(_part(key, text) for key, text in parts.items())
     note = (
         "<!-- Write what you like before, between and behind the parts that coop_hf marks: it is kept when the "
@@ -179,7 +185,15 @@ def _part_name(part: str, adapter_name: str) -> str:
     return part if adapter_name == "default" else f"{part} {adapter_name}"
 
 
-def _merge(existing: str, name: str, metadata: dict, parts: dict, adapters: list[str], trained: str | None) -> str:
+def _merge(
+    existing: str,
+    name: str,
+    metadata: dict,
+    parts: dict,
+    adapters: list[str],
+    trained: str | None,
+    tags: list[str],
+) -> str:
     """The existing card with its marked parts written anew and its metadata brought up to date.
 
     Args:
@@ -188,6 +202,7 @@ def _merge(existing: str, name: str, metadata: dict, parts: dict, adapters: list
         metadata, parts (`dict`): what would stand in a card of its own.
         adapters (`list[str]`): the adapters that `parts` tells of.
         trained (`str`, *optional*): the one of them whose training is told of, too.
+        tags (`list[str]`): tags that somebody asks for; they join those that are there.
     """
     front = _FRONT_MATTER.match(existing)
     theirs = _load(front[1]) if front else {}
@@ -217,6 +232,8 @@ def _merge(existing: str, name: str, metadata: dict, parts: dict, adapters: list
     merged.update((key, metadata[key]) for key in ("base_model", "metrics") if key in metadata)
     if isinstance(theirs.get("datasets"), list):
         merged["datasets"] = list(dict.fromkeys([*theirs["datasets"], *metadata.get("datasets", [])]))
+    if tags and isinstance(merged.get("tags"), list):
+        merged["tags"] = list(dict.fromkeys([*merged["tags"], *tags]))
     if marks:  # else what it says of results is not ours
         stale = {_entry_name(name, a) for a in adapters if not same(a)}
         theirs_index = theirs.get("model-index")

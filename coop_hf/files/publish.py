@@ -1,9 +1,11 @@
-"""Putting adapters on the Hub: their files and a model card, in one commit."""
+"""Saving adapters with their model card, and putting both on the Hub in one commit."""
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -12,11 +14,116 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..checks import shown
+from ..config import ADAPTER_CONFIG_NAME, PromptConfig
 from ..hub import _HTTPError, _server_error, _status, bounded_waits, find_file, is_hub_id
-from .model_card import CARD_NAME, make_card
+from .adapter_files import read_adapter, write_adapter
+from .model_card import CARD_NAME, make_card, write_card
 
 
-__all__ = ["push_to_hub"]
+__all__ = ["push_to_hub", "save_adapters", "save_pretrained", "without_local_bases"]
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    selected_adapters: list[str] | None = None,
+    training: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Saves adapters: `default` into the folder itself, others into a subfolder of their name. Never the base.
+
+    A model card, `README.md`, is written beside them; what a person changed in an earlier one stays.
+
+    Args:
+        save_directory (`str` or `os.PathLike`): the folder; made if missing.
+        selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+        training (`dict`, *optional*): what the card says of the training, see
+            `coop_hf.files.model_card.make_card`.
+        push_to_hub (`bool`, *optional*, defaults to `False`): whether to put them on the Hub, too.
+        repo_id (`str`, *optional*, defaults to the folder's name): where, `"owner/name"` or `"name"`.
+        kwargs: for [`push_to_hub`]: `private`, `token`, `revision`, `commit_message`, `create_pr`, `tags` ...
+
+    Raises:
+        TypeError: keywords that are none of these; before anything is written.
+    """
+    if not isinstance(push_to_hub, bool):
+        raise TypeError(f"`push_to_hub` must be True or False, and the repository `repo_id=`; got {push_to_hub!r}.")
+    if not push_to_hub and (kwargs or repo_id is not None):
+        names = ", ".join(f"`{name}`" for name in [*kwargs, *(["repo_id"] if repo_id is not None else [])])
+        raise TypeError(
+            f"save_pretrained() writes an adapter into a folder and has no use for {names}: leave it out, or say "
+            "push_to_hub=True."
+        )
+    selected = save_adapters(model, save_directory, selected_adapters)
+    if selected:
+        write_card(save_directory, model, training=training, selected_adapters=selected)
+    if push_to_hub:
+        repo_id = repo_id or os.path.basename(os.path.abspath(save_directory))
+        _push_to_hub(model, repo_id, selected_adapters=selected_adapters, training=training, **kwargs)
+
+
+def save_adapters(
+    model: Any, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
+) -> list[str]:
+    """The files of `save_pretrained` without the model card.
+
+    Args:
+        save_directory (`str` or `os.PathLike`): the folder; made if missing.
+        selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
+
+    Returns:
+        `list[str]`: the names of those written.
+
+    Raises:
+        ValueError: the folder is a file, an unknown adapter, or a context with NaN.
+    """
+    if os.path.isfile(save_directory):
+        raise ValueError(f"`save_directory` must be a folder, and {os.fspath(save_directory)!r} is a file.")
+    if isinstance(selected_adapters, str):
+        raise ValueError(f"`selected_adapters` must be a list of names, got the string {selected_adapters!r}.")
+    names = list(model.adapters) if selected_adapters is None else list(selected_adapters)
+    for name, adapter in [(name, model._known(name)) for name in names]:
+        folder = save_directory if name == "default" else os.path.join(save_directory, name)
+        write_adapter(folder, adapter.config, adapter.learned_state())
+    return names
+
+
+def without_local_bases(folder: str) -> list[str]:
+    """Takes out of the adapters in a folder the names of bases that lie on this machine, and warns of it.
+
+    Such a path helps nobody else, and may tell who one is.
+
+    Args:
+        folder (`str`): a folder that is to be put on the Hub; its files are written anew where a name goes.
+
+    Returns:
+        `list[str]`: the names that were taken out.
+    """
+    gone = []
+    for path in sorted(_files_below(folder)):
+        if os.path.basename(path) != ADAPTER_CONFIG_NAME:
+            continue
+        place = os.path.dirname(os.path.join(folder, path))
+        config, tensors = read_adapter(place)
+        if _names_local_base(config):
+            gone.append(str(config.base_model_name_or_path))
+            write_adapter(place, replace(config, base_model_name_or_path=None, revision=None), tensors)
+    if gone:
+        warnings.warn(
+            f"the base model is a folder on this machine, {shown(gone[0])}, which nobody else has: the name is not "
+            "uploaded, and whoever loads the adapter has to pass `base_model=`. If the base is on the Hub, name it "
+            'before you push: model.config.base_model_name_or_path = "owner/name".',
+            stacklevel=4,
+        )
+    return gone
+
+
+def _names_local_base(config: PromptConfig) -> bool:
+    name = config.base_model_name_or_path
+    return name is not None and (not is_hub_id(name) or os.path.isdir(name))
 
 
 def push_to_hub(
@@ -31,6 +138,7 @@ def push_to_hub(
     selected_adapters: list[str] | None = None,
     card: str | None = None,
     training: dict | None = None,
+    **about: Any,
 ) -> CommitInfo:
     """Puts adapters on the Hub: their files and a model card, in one commit. Never the base model.
 
@@ -49,6 +157,7 @@ def push_to_hub(
         selected_adapters (`list[str]`, *optional*, defaults to all): which adapters.
         card (`str`, *optional*): text of a finished card, to be pushed as it is.
         training (`dict`, *optional*): what the card says about the training, see `coop_hf.files.model_card.make_card`.
+        about: single values of `training` by name: `tags`, `license`, `language`, `dataset_name` ...
 
     Returns:
         `huggingface_hub.CommitInfo`: `oid`, `commit_url` and, with `create_pr`, `pr_url`.
@@ -67,6 +176,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="coop_hf_push_") as folder:
         adapter_folder = os.path.join(folder, "adapter")
         names = model.save_adapters(adapter_folder, selected_adapters)
+        without_local_bases(adapter_folder)
         api = HfApi(token=token, library_name="coop_hf")
         with _push_errors(repo_id, revision):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -78,7 +188,7 @@ def push_to_hub(
                 model,
                 name=repo_id,
                 existing=_read_card(repo_id, CARD_NAME, source),
-                training=training,
+                training={**training, **about} if training and about else about or training,
                 selected_adapters=selected_adapters,
             )
         with open(os.path.join(adapter_folder, CARD_NAME), "w", encoding="utf-8") as file:
@@ -95,6 +205,9 @@ def push_to_hub(
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+_push_to_hub = push_to_hub  # where an argument has its name
 
 
 @contextmanager
