@@ -8,7 +8,7 @@ Only what the adapter holds learns; for CoOp its context vectors (https://arxiv.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,9 @@ from .config import ADAPTER_CONFIG_NAME, CoOpConfig, PromptConfig
 from .core.class_prompts import TEXT_PASSES, ClassPrompts
 from .core.families import check_tokenizer, get_family
 from .core.layout import fill_template, tokenize_texts
+from .data.inputs import open_images, read_batches
 from .data.labelled_images import collate
-from .data.transforms import eval_transform, is_one_image, read_image
+from .data.transforms import eval_transform
 from .deploy.export import ImageClassifier, as_image_classifier
 from .deploy.merging import merge_and_unload
 from .files.adapter_files import Shapes, check_adapter, read_adapter
@@ -286,22 +287,33 @@ class CoOpModel(AdapterModel):
 
     @torch.no_grad()
     def predict(
-        self, images: Any, top_k: int | None = 5, batch_size: int = 32, tpt: bool | dict[str, Any] = False
-    ) -> list[Any]:
+        self,
+        images: Any,
+        top_k: int | None = 5,
+        batch_size: int = 32,
+        tpt: bool | dict[str, Any] = False,
+        on_bad_image: str = "raise",
+        image_column: str = "image",
+    ) -> Any:
         """Classifies images.
 
         Args:
-            images: an image (`PIL.Image.Image`, path, or array `(height, width[, channels])` of 0 to 255), or a list,
-                array stack or `datasets` image column of them.
+            images: an image (`PIL.Image.Image`, path, URL, encoded `bytes`, array `(height, width[, channels])` of 0
+                to 255, or float tensor `(3, height, width)` as the image processor gives it); several: a list, an
+                array stack, what an image processor returns, a data set (also streamed), or any iterable of images,
+                of `{"image": ...}` or of pairs of image and label; or a folder, with those below it.
             top_k (`int`, *optional*, defaults to 5): how many classes to return, best first; `None`: all.
             batch_size (`int`, *optional*, defaults to 32): images that go through the image tower at a time.
             tpt (`bool` or `dict`, *optional*, defaults to `False`): tune the context on each image before it is
                 classified, `True` or the options of [`~coop_hf.adapters.tpt.tpt`]; the adapter stays as it is.
+            on_bad_image (`str`, *optional*, defaults to `"raise"`): `"skip"` gives `None` for an image that cannot be
+                read, and warns.
+            image_column (`str`, *optional*, defaults to `"image"`): column, or key of dicts, that holds the images.
 
         Returns:
             `list[dict]` for one image, `[{"label": str, "score": float}, ...]` with scores that are probabilities
             over all classes (on SigLIP, as in its own pipeline, of each class alone: they need not add up to one); for
-            several images a list of such lists.
+            several images a list of such lists; for a folder a `dict` of them by file.
 
         Raises:
             ValueError: no images, a bad `top_k`, missing class names, or an image that cannot be read (says which).
@@ -312,28 +324,26 @@ class CoOpModel(AdapterModel):
             raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
         view = self.view()  # one for all images: other classes may be set meanwhile
         self._class_prompts(view)
-        is_single = is_one_image(images)
-        images = [images] if is_single else images
-        if len(images) == 0:
-            raise ValueError("`images` is empty: pass at least one image.")
-        if tpt:
-            options = {"batch_size": batch_size, **(tpt if isinstance(tpt, dict) else {})}
-            batches: Iterable[Tensor] = [tune(self, images, _view=view, **options).logits]
-        else:
-            batches = self._logits_of_images(images, batch_size, view)
-        results = []
-        for logits in batches:
-            names = self._class_prompts(view).class_names
-            best = self.logits_to_probabilities(logits).topk(min(top_k or len(names), len(names)), dim=-1)
-            for values, classes in zip(best.values.tolist(), best.indices.tolist()):
-                results.append([{"label": names[c], "score": value} for c, value in zip(classes, values)])
-        return results[0] if is_single else results
-
-    def _logits_of_images(self, images: Any, batch_size: int, view: View) -> Iterator[Tensor]:
-        transform = eval_transform(self.image_processor, view.adapter.config.original_crop)
-        for start in range(0, len(images), batch_size):
-            indices = range(start, min(start + batch_size, len(images)))
-            yield self(_view=view, **collate([read_image(images, index, transform) for index in indices])).logits
+        if on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"`on_bad_image` must be 'raise' or 'skip', got {on_bad_image!r}.")
+        values, is_single, files = open_images(images, image_column)
+        transform = None if tpt else eval_transform(self.image_processor, view.adapter.config.original_crop)
+        results: list[Any] = []
+        for batch in read_batches(values, batch_size, transform, on_bad_image):
+            read: Any = [image for image in batch if image is not None]
+            guesses: Iterator = iter(())
+            if read:
+                if tpt:
+                    options = {"batch_size": batch_size, **(tpt if isinstance(tpt, dict) else {})}
+                    logits = tune(self, read, _view=view, **options).logits
+                else:
+                    logits = self(_view=view, **collate(read)).logits
+                names = self._class_prompts(view).class_names
+                best = self.logits_to_probabilities(logits).topk(min(top_k or len(names), len(names)), dim=-1)
+                pairs = [zip(*pair) for pair in zip(best.values.tolist(), best.indices.tolist())]
+                guesses = ([{"label": names[c], "score": value} for value, c in pair] for pair in pairs)
+            results += [None if image is None else next(guesses) for image in batch]
+        return results[0] if is_single else results if files is None else dict(zip(files, results))
 
     merge_and_unload = merge_and_unload  # a function of its own room, and nothing to add
 

@@ -67,7 +67,7 @@ def test_resolve_labels_of_each_kind():
         ([0, 1], None, [], "`class_names` is empty"),
         ([0.5, 1.0], None, CLASS_NAMES, "must be a ClassLabel, integers or strings.*float64"),
         ([True, False], None, CLASS_NAMES, "must be a ClassLabel, integers or strings.*bool"),
-        ([[0], [1]], None, CLASS_NAMES, "must be a ClassLabel, integers or strings"),
+        ([[0], [1]], None, CLASS_NAMES, "must be a ClassLabel, integers or strings.*Several labels for one image"),
     ],
 )
 def test_bad_labels(labels, feature, class_names, message):

@@ -240,12 +240,29 @@ def test_what_is_in_the_file_of_a_large_set_serves_others(model, processor, tmp_
     assert sum(counted) == 13
 
 
+def test_the_same_images_in_another_data_set_are_mapped_without_another_file(model, processor, tmp_path, mapped):
+    data, first = pictures(10), None
+    for other in (data, data.map(lambda row: {"more": 1}), data.select(range(10))):
+        embeds = embed_images(model, labelled(other, processor), cache_dir=tmp_path, batch_size=3, progress=False)
+        assert first is None or torch.equal(embeds, first)
+        first = embeds
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_what_is_no_labelled_images_becomes_one(model, processor, tmp_path):
+    data = pictures(4)
+    rows = [(data[i]["image"], data[i]["label"]) for i in range(4)]
+    expected = embed_images(model, labelled(data, processor), cache_dir=tmp_path, progress=False)
+    for given in (data, data.to_iterable_dataset(), rows, iter(rows)):
+        assert torch.equal(embed_images(model, given, cache_dir=tmp_path, progress=False), expected)
+
+
 def test_a_damaged_file_of_a_large_set_is_made_again(model, processor, tmp_path, mapped, caplog, counted):
     images = labelled(pictures(10), processor)
-    good = embed_images(model, images, cache_dir=tmp_path, progress=False).clone()
+    good = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False).clone()
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
-    again = embed_images(model, images, cache_dir=tmp_path, progress=False)
+    again = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
     assert torch.equal(good, again) and "damaged" in caplog.text and sum(counted) == 20
 
 
@@ -268,7 +285,7 @@ def test_a_large_set_without_room_is_kept_in_memory(model, processor, tmp_path, 
 
     monkeypatch.setattr("coop_hf.data.feature_cache._header", refuse)
     images = labelled(pictures(10), processor)
-    result = embed_images(model, images, cache_dir=tmp_path, progress=False)
+    result = embed_images(model, images, cache_dir=tmp_path, batch_size=2, progress=False)
     torch.testing.assert_close(result[0], direct(model, images), rtol=1e-5, atol=1e-6)
     assert "No space left" in caplog.text and not list(tmp_path.rglob("*set-*"))
 

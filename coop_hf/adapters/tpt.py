@@ -24,7 +24,8 @@ from ..checks import is_int
 from ..core import shared_prefix
 from ..core.class_prompts import ClassPrompts
 from ..core.layout import encode_words, make_layout
-from ..data.transforms import eval_transform, is_one_image, read_image, train_transform
+from ..data.inputs import open_images, read_image
+from ..data.transforms import eval_transform, train_transform
 
 
 __all__ = ["TPTOutput", "tpt"]
@@ -104,8 +105,8 @@ def tpt(
         raise ValueError(f"pass either `images` or `views`; got {'neither' if views is None else 'both'}.")
     start, prompts = _start(model, _view or model.view(), ctx_init)
     if views is None:
-        images = [images] if is_one_image(images) else images
-        if len(images) == 0:
+        images = list(open_images(images)[0])
+        if not images:
             raise ValueError("`images` is empty: pass at least one image.")
     parts = []
     for first in range(0, len(images if views is None else views), _IMAGES_AT_ONCE):
@@ -167,7 +168,7 @@ def _embed_images(model: Any, images: Any, indices: range, num_views: int, seed:
     )
     rows = []
     for index in indices:
-        views = read_image(images, index, make)
+        views = read_image(images[index], index, make)
         batches = zip(*(torch.split(value, batch_size) for value in views.values()))
         rows.append(torch.cat([model.get_image_features(**dict(zip(views, batch))) for batch in batches]))
     return torch.stack(rows)

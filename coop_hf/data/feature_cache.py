@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from ..atomic import save_tensors, write_atomically
 from ..checks import is_finite
 from .few_shot import check_labels
+from .labelled_images import LabelledImages
 from .transforms import Pixels
 
 
@@ -202,6 +203,15 @@ class FeatureCache:
                 lost += places
         return result, lost
 
+    def in_order(self, ids: list[bytes]) -> torch.Tensor | None:
+        """The embeddings of these identities, mapped, if they stand in one file one behind another."""
+        if ids[0] not in self._where:
+            return None
+        file, start = self._where[ids[0]]
+        if any(self._where.get(identity) != (file, start + row) for row, identity in enumerate(ids)):
+            return None
+        return file.features[start : start + len(ids)]
+
     def put_together(self, path: str, ids: list[bytes]) -> torch.Tensor | None:
         """Writes one file of these identities, in their order, instead of the pieces that hold nothing else.
 
@@ -318,7 +328,7 @@ def embed_images(
 
     Args:
         model (`CoOpModel`): its image tower is used, on its device, under the autocast that is in force.
-        images (`LabelledImages`): the images.
+        images (`LabelledImages`, or what it takes): the images; with whole numbers as labels, of the model's classes.
         num_views (`int`, *optional*): augmented views 0 ... num_views - 1 of each image, the same pixels that
             epochs 0 ... num_views - 1 of a training without cache see. `None`: the plain view alone.
         cache_dir (`str`, *optional*, defaults to `default_cache_dir()`): where caches lie.
@@ -341,6 +351,8 @@ def embed_images(
             f"the prompts of the method {adapter.method!r} change the image tower, so image embeddings cannot "
             "be kept: pass the images themselves, or call this within `model.disable_adapter()` for the base's own."
         )
+    if not isinstance(images, LabelledImages):
+        images = LabelledImages(images, model.image_processor, class_names=model.class_names)
     views = [None] if num_views is None else list(range(num_views))
     folder = os.path.join(cache_dir or default_cache_dir(), "features", _tower_key(model, images))
     dim = model.family.projection_dim
@@ -369,12 +381,14 @@ def embed_images(
         _compute(model, images, rest, cache, batch_size, num_workers, progress)  # no shared file system
         barrier()
     if path is not None:
-        if process_index == 0:
-            cache.put_together(path, ids)
+        mapped = cache.in_order(ids)  # of the same images in another data set
+        if mapped is None and process_index == 0:
+            mapped = cache.put_together(path, ids)
         barrier()
-        whole = _open(path, dim)
-        if whole is not None:
-            return whole.features.view(shape)
+        if mapped is None and process_index > 0:
+            mapped = FeatureCache(folder, dim, ids).in_order(ids)
+        if mapped is not None:
+            return mapped.view(shape)
     result, lost = cache.get(ids)
     if lost:  # what is computed now is not written again
         again = [pairs[i] for i in lost]

@@ -49,9 +49,10 @@ def _read_labels(dataset: datasets.Dataset, label_column: str) -> tuple[list, ob
     kind = getattr(feature, "dtype", None)
     if not isinstance(feature, datasets.ClassLabel):
         if not isinstance(feature, datasets.Value) or not re.fullmatch(r"u?int\d+|(large_)?string", str(kind)):
+            several = " Several labels for one image are not supported." if hasattr(feature, "feature") else ""
             raise ValueError(
                 f"Labels must be a ClassLabel, integers or strings, but the column '{label_column}' holds {feature}. "
-                "Pass another column as `label_column=`, or cast this one with `dataset.cast_column`."
+                f"Pass another column as `label_column=`, or cast this one with `dataset.cast_column`.{several}"
             )
     is_string = "string" in str(kind)
     missing = [row for row, value in enumerate(values) if value is None or (not is_string and value == -1)]

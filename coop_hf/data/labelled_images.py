@@ -20,7 +20,15 @@ import torch
 from ..checks import some
 from .few_shot import _check_column, resolve_labels
 from .sources import as_dataset
-from .transforms import Pixels, check_image_size, decode_image, eval_transform, train_pixels, train_transform
+from .transforms import (
+    Pixels,
+    check_image_size,
+    content_key,
+    decode_image,
+    eval_transform,
+    train_pixels,
+    train_transform,
+)
 
 
 __all__ = ["LabelledImages", "collate"]
@@ -301,21 +309,14 @@ class LabelledImages(torch.utils.data.Dataset):
         return {**pixels, "labels": int(self.labels[index])}
 
 
-def content_key(value: Any) -> bytes:
-    """Hash of what an image column holds; of a file on disk, of its path, size and time of change."""
-    if isinstance(value, (str, os.PathLike)):
-        value = {"path": os.fspath(value), "bytes": None}
-    if isinstance(value, dict) and value.get("bytes") is None and os.path.exists(value.get("path") or ""):
-        status = os.stat(value["path"])
-        content = f"{os.path.abspath(value['path'])} {status.st_size} {status.st_mtime_ns}".encode()
-    elif isinstance(value, dict):
-        content = value.get("bytes") or repr(value.get("path")).encode()
-    elif isinstance(value, (bytes, bytearray, memoryview)):
-        content = bytes(value)
-    else:
-        pixels = np.ascontiguousarray(value)
-        content = f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
+def is_prepared(dataset: Any) -> bool:
+    """Whether the items of a data set are inputs of the model already, as those of [`LabelledImages`] are."""
+    if hasattr(dataset, "column_names") or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return False
+    if isinstance(dataset, LabelledImages) or len(dataset) == 0:
+        return True
+    item = dataset[0]
+    return isinstance(item, dict) and ("pixel_values" in item or "image_embeds" in item)
 
 
 def collate(examples: list[dict] | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

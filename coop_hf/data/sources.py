@@ -2,17 +2,26 @@
 benchmark.
 """
 
+import atexit
+import functools
+import hashlib
+import io
 import json
 import operator
 import os
 import re
+import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.arrow_writer import ArrowWriter
 
 from ..checks import some
+from .transforms import content_key, decode_image
 
 
 __all__ = ["as_dataset", "load_images", "read_coop_split", "read_few_shot_indices"]
@@ -353,7 +362,8 @@ def load_images(
             - a folder of class folders, or of `train`, `validation`, `test` folders that hold class folders;
             - the id of a data set on the Hub.
         split (`str`, *optional*):
-            Return only this split.
+            Return only this split, or a part of it in the words of `datasets`: `"train[:10]"`, `"train[80%:]"`,
+            `"train+test"`.
         leaf_folders (`bool`, *optional*, defaults to `False`):
             Class folders may lie at any depth: each folder that holds images is a class, named by its own name, and by
             the folders above it too where several have that name ("church indoor", "church outdoor").
@@ -406,19 +416,29 @@ def load_images(
         return loaded
     if not isinstance(loaded, dict):
         raise ValueError(f"'{path}' holds one set without splits, so there is no split '{split}': leave `split` out.")
-    if split not in loaded:
-        raise ValueError(f"'{path}' has no split '{split}'; it has {some(loaded)}.")
-    return loaded[split]
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(loaded[name]) for name in loaded})
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' has no split '{split}'; it has {some(loaded)}. A part of one is written 'train[:10]', "
+            "'train[80%:]' or 'train+test'."
+        ) from error
+    rows = [range(len(loaded[part.splitname]))[part.from_ : part.to] for part in parts]
+    taken = [loaded[part.splitname].select(own) for part, own in zip(parts, rows)]
+    return datasets.concatenate_datasets(taken) if len(taken) > 1 else taken[0]
 
 
 def as_dataset(data: Any, image_column: str = "image", label_column: str = "label") -> datasets.Dataset:
     """
     A `datasets.Dataset` of any labelled images: what is one already comes back as it is.
 
+    Anything else is read once, into a file that goes when the process ends, so that it need not fit into memory.
+    Encoded images and paths are kept as they are, pixels without loss.
+
     Args:
         data (`Iterable`):
             Dicts such as `{"image", "label"}`, or pairs of image and label, as torchvision's data sets give them; also
-            a streamed `datasets.IterableDataset`. It is read once, and images are kept encoded in memory.
+            a streamed `datasets.IterableDataset`, or a generator.
         image_column, label_column (`str`, *optional*, default to `"image"` and `"label"`):
             Keys of dicts, and columns of the result.
 
@@ -432,26 +452,62 @@ def as_dataset(data: Any, image_column: str = "image", label_column: str = "labe
     """
     if isinstance(data, (datasets.Dataset, dict)):
         return data  # several splits are refused where columns are looked up, which says which there are
-    images, labels = [], []
+    known = getattr(data, "features", None) or {}
+    feature, names = known.get(label_column), getattr(data, "classes", None)
+    if isinstance(known.get(image_column), datasets.Image):
+        data = data.cast_column(image_column, datasets.Image(mode=known[image_column].mode, decode=False))
+    digest, writer = hashlib.blake2b(digest_size=16), None
+    path = os.path.join(_folder_of_this_process(), f"{uuid.uuid4().hex}.arrow")
     try:
         has_length = hasattr(data, "__getitem__") and hasattr(data, "__len__")
         for item in (data[index] for index in range(len(data))) if has_length else data:
             pair = (item[image_column], item[label_column]) if isinstance(item, dict) else tuple(item)
             if len(pair) != 2:
                 raise TypeError(f"an item of {len(pair)} parts")
-            images.append({"bytes": pair[0], "path": None} if isinstance(pair[0], bytes) else pair[0])
-            labels.append(pair[1] if isinstance(pair[1], str) else operator.index(pair[1]))
+            label = pair[1] if isinstance(pair[1], str) else operator.index(pair[1])
+            if writer is None:
+                if feature is None:
+                    is_name = isinstance(label, str)
+                    feature = datasets.Value("string" if is_name else "int64")
+                    feature = datasets.ClassLabel(names=apart(names)) if names and not is_name else feature
+                image_feature = datasets.Image(mode=getattr(known.get(image_column), "mode", None))
+                features = datasets.Features({image_column: image_feature, label_column: feature})
+                writer = ArrowWriter(features=features, path=path)
+            image = _kept(pair[0])
+            digest.update(content_key(image) + repr(label).encode())
+            writer.write(features.encode_example({image_column: image, label_column: label}))
     except (TypeError, KeyError) as error:
         raise TypeError(
             f"Expected a datasets.Dataset, or an iterable of {{'{image_column}', '{label_column}'}} or of pairs, "
             f"image and label (a whole number or a name), got {type(data).__name__} ({type(error).__name__}: {error})."
         ) from error
-    if not images:
+    if writer is None:
         raise ValueError("There are no images: the iterable is empty, or was read to its end before.")
-    names = getattr(data, "classes", None)
-    feature = (getattr(data, "features", None) or {}).get(label_column)
-    if feature is None:
-        kind = datasets.Value("string" if isinstance(labels[0], str) else "int64")
-        feature = datasets.ClassLabel(names=apart(names)) if names and not isinstance(labels[0], str) else kind
-    features = datasets.Features({image_column: datasets.Image(), label_column: feature})
-    return datasets.Dataset.from_dict({image_column: images, label_column: labels}, features=features)
+    writer.finalize()
+    writer.close()
+    dataset = datasets.Dataset.from_file(path)
+    dataset._fingerprint = digest.hexdigest()  # of what it holds, instead of where: the same in the next run
+    return dataset
+
+
+@functools.cache
+def _folder_of_this_process() -> str:
+    folder = tempfile.mkdtemp(prefix="coop_hf-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _kept(image: Any) -> dict:
+    """An image as bytes or a path. `datasets` would write an image that came from a JPEG as one, which loses."""
+    if isinstance(image, dict):
+        return {"bytes": image.get("bytes"), "path": image.get("path")}
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return {"bytes": bytes(image), "path": None}
+    path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", None)
+    if path:
+        return {"bytes": None, "path": os.path.abspath(path) if os.path.exists(path) else os.fspath(path)}
+    image = decode_image(image)
+    file = io.BytesIO()
+    is_png = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+    image.save(file, **({"format": "PNG", "compress_level": 1} if is_png else {"format": "TIFF"}))
+    return {"bytes": file.getvalue(), "path": None}

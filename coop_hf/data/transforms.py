@@ -6,6 +6,7 @@ tensor (NaFlex: `pixel_values`, `pixel_attention_mask`, `spatial_shapes`).
 """
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -66,6 +67,23 @@ def decode_image(value: Any, mode: str | None = None) -> PIL.Image.Image:
             raise ValueError(f"pixels must be (height, width[, 1 | 3 | 4]), got the shape {pixels.shape}")
         value = PIL.Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
     return value.convert(mode) if mode is not None and value.mode != mode else value
+
+
+def content_key(value: Any) -> bytes:
+    """Hash of what an image column holds; of a file on disk, of its path, size and time of change."""
+    if isinstance(value, (str, os.PathLike)):
+        value = {"path": os.fspath(value), "bytes": None}
+    if isinstance(value, dict) and value.get("bytes") is None and os.path.exists(value.get("path") or ""):
+        status = os.stat(value["path"])
+        content = f"{os.path.abspath(value['path'])} {status.st_size} {status.st_mtime_ns}".encode()
+    elif isinstance(value, dict):
+        content = value.get("bytes") or repr(value.get("path")).encode()
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        content = bytes(value)
+    else:
+        pixels = np.ascontiguousarray(value)
+        content = f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -302,27 +320,3 @@ def train_transform(
         resample=int(resample or getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC),
         **({"image_processor": processor} if is_flexible else _scaling(processor)),
     )
-
-
-def is_one_image(images: Any) -> bool:
-    """Whether this is an image, and not several."""
-    if isinstance(images, (str, bytes, os.PathLike, dict)) or not hasattr(images, "__len__"):
-        return True
-    return getattr(images, "ndim", None) in (2, 3)
-
-
-def read_image(images: Any, index: int, transform: Any) -> dict[str, torch.Tensor]:
-    """What `transform` makes of one of several images, by name.
-
-    Raises:
-        ValueError: it cannot be read; says which, and why.
-    """
-    try:
-        pixels = transform(decode_image(images[index]))
-    except Exception as error:
-        shown = f" ({images[index]!r})" if isinstance(images[index], (str, os.PathLike)) else ""
-        raise ValueError(
-            f"image {index}{shown} cannot be read: {error}. Pass a PIL image, the path of an image, or an array of "
-            "numbers from 0 to 255."
-        ) from error
-    return pixels if isinstance(pixels, dict) else {"pixel_values": pixels}

@@ -23,7 +23,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..data.feature_cache import EmbeddedImages, embed_images
 from ..data.few_shot import check_labels, class_counts
-from ..data.labelled_images import LabelledImages, collate
+from ..data.labelled_images import LabelledImages, collate, is_prepared
 from ..files.model_card import write_card
 from ..files.publish import push_to_hub
 from ..modeling import CoOpModel, CoOpOutput
@@ -46,9 +46,9 @@ class CoOpTrainer(Trainer):
         model (`CoOpModel`): without class names it takes those of the training set.
         args (`CoOpTrainingArguments`, *optional*, defaults to `CoOpTrainingArguments("coop_output")`): the arguments.
         train_dataset (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*):
-            A data set with a column of images and one of labels (named in `args`), or anything that gives
-            `pixel_values` or `image_embeds` `(projection_dim,)` and `labels`, such as [`LabelledImages`] or
-            [`EmbeddedImages`].
+            A data set with a column of images and one of labels (named in `args`), also a streamed one; any iterable
+            of such dicts or of pairs, image and label; or a data set that gives `pixel_values` or `image_embeds`
+            `(projection_dim,)` and `labels`, such as [`LabelledImages`] or [`EmbeddedImages`].
         eval_dataset (the same, or a `dict` of them, *optional*): what `evaluate()` measures.
         compute_metrics (`Callable`, *optional*): defaults to accuracy and macro-F1.
         kwargs: as for `transformers.Trainer`.
@@ -139,8 +139,8 @@ class CoOpTrainer(Trainer):
     # ------------------------------------------------------------------ data
 
     def _as_images(self, dataset: Any, model: CoOpModel, augment: bool = False) -> Any:
-        """`LabelledImages` of a `datasets.Dataset`, checked; any other data set as it is."""
-        if not hasattr(dataset, "column_names"):
+        """`LabelledImages` of images and labels, checked; what gives inputs of the model already as it is."""
+        if is_prepared(dataset):
             is_fine = isinstance(dataset, LabelledImages) or not model.adapter.prompts_image_tower
             if not is_fine and "image_embeds" in dataset[0]:
                 raise ValueError(
