@@ -328,21 +328,10 @@ class CoOpModel(AdapterModel):
             raise ValueError(f"`on_bad_image` must be 'raise' or 'skip', got {on_bad_image!r}.")
         values, is_single, files = open_images(images, image_column)
         transform = None if tpt else eval_transform(self.image_processor, view.adapter.config.original_crop)
-        results: list[Any] = []
-        for batch in read_batches(values, batch_size, transform, on_bad_image):
-            read: Any = [image for image in batch if image is not None]
-            guesses: Iterator = iter(())
-            if read:
-                if tpt:
-                    options = {"batch_size": batch_size, **(tpt if isinstance(tpt, dict) else {})}
-                    logits = tune(self, read, _view=view, **options).logits
-                else:
-                    logits = self(_view=view, **collate(read)).logits
-                names = self._class_prompts(view).class_names
-                best = self.logits_to_probabilities(logits).topk(min(top_k or len(names), len(names)), dim=-1)
-                pairs = [zip(*pair) for pair in zip(best.values.tolist(), best.indices.tolist())]
-                guesses = ([{"label": names[c], "score": value} for value, c in pair] for pair in pairs)
-            results += [None if image is None else next(guesses) for image in batch]
+        batches = read_batches(values, batch_size, transform, on_bad_image)
+        results = _predictions(
+            self, view, batches, top_k, tpt and {"batch_size": batch_size, **({} if tpt is True else tpt)}
+        )
         return results[0] if is_single else results if files is None else dict(zip(files, results))
 
     merge_and_unload = merge_and_unload  # a function of its own room, and nothing to add
@@ -495,6 +484,24 @@ class CoOpModel(AdapterModel):
         if class_names is not None:
             model.set_class_names(class_names)
         return model if device is None else model.to(device)
+
+
+def _predictions(
+    model: CoOpModel, view: View, batches: Iterator[list], top_k: int | None, tpt: dict[str, Any] | bool
+) -> list[Any]:
+    """The classes of each image, best first; `None` where there is no image."""
+    results: list[Any] = []
+    for batch in batches:
+        read: Any = [image for image in batch if image is not None]
+        guesses: Iterator = iter(())
+        if read:
+            logits = tune(model, read, _view=view, **tpt).logits if tpt else model(_view=view, **collate(read)).logits
+            names = model._class_prompts(view).class_names
+            best = model.logits_to_probabilities(logits).topk(min(top_k or len(names), len(names)), dim=-1)
+            pairs = [zip(*pair) for pair in zip(best.values.tolist(), best.indices.tolist())]
+            guesses = ([{"label": names[c], "score": value} for value, c in pair] for pair in pairs)
+        results += [None if image is None else next(guesses) for image in batch]
+    return results
 
 
 def _check_labels(labels: Tensor, view: View) -> None:
