@@ -329,9 +329,8 @@ class CoOpModel(AdapterModel):
         values, is_single, files = open_images(images, image_column)
         transform = None if tpt else eval_transform(self.image_processor, view.adapter.config.original_crop)
         batches = read_batches(values, batch_size, transform, on_bad_image)
-        results = _predictions(
-            self, view, batches, top_k, tpt and {"batch_size": batch_size, **({} if tpt is True else tpt)}
-        )
+        options = {"batch_size": batch_size, **(tpt if isinstance(tpt, dict) else {})} if tpt else None
+        results = _predictions(self, view, batches, top_k, options)
         return results[0] if is_single else results if files is None else dict(zip(files, results))
 
     merge_and_unload = merge_and_unload  # a function of its own room, and nothing to add
@@ -487,7 +486,7 @@ class CoOpModel(AdapterModel):
 
 
 def _predictions(
-    model: CoOpModel, view: View, batches: Iterator[list], top_k: int | None, tpt: dict[str, Any] | bool
+    model: CoOpModel, view: View, batches: Iterator[list], top_k: int | None, tpt: dict[str, Any] | None
 ) -> list[Any]:
     """The classes of each image, best first; `None` where there is no image."""
     results: list[Any] = []
