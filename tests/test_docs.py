@@ -3,6 +3,7 @@
 Only names are replaced: OpenAI's model by the embedded one, and images that a reader would have by emoji.
 """
 
+import json
 import os
 import re
 import shlex
@@ -140,6 +141,16 @@ def test_the_pages_of_the_methods(tmp_path, name):
             assert float(found) == pytest.approx(float(said), abs=1.1)
     else:
         assert len(output.splitlines()) >= len(printed(page).splitlines())
+
+
+def test_write_your_own_method(tmp_path):
+    output = run_pages(["docs/write_your_own_method.md"], tmp_path)
+    assert "30.0 shared" in output
+    config = json.loads((tmp_path / "my-low-rank" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["method"] == "low_rank" and config["rank"] == 2
+    # Where the module is not imported, the error says which method is missing.
+    with pytest.raises(ValueError, match="of the method 'low_rank', and coop_hf .* knows"):
+        CoOpModel.from_pretrained(tmp_path / "my-low-rank", base_model=emoji_model_path())
 
 
 def test_links_between_pages_lead_somewhere():

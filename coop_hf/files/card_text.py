@@ -247,7 +247,7 @@ def _learned(model: Any, key: str, adapter: Any, heading: str) -> str:
         shown = ", ".join(code(name) for name in names[:MAX_CLASSES_SHOWN])
         more = f" and {len(names) - MAX_CLASSES_SHOWN:,} more" if len(names) > MAX_CLASSES_SHOWN else ""
         sections.append(f"{len(names):,} class{'es' if len(names) > 1 else ''}: {shown}{more}.")
-    if isinstance(config, CoOpConfig):
+    if isinstance(config, CoOpConfig) and hasattr(model.adapters[key], "context"):
         sections.append(_nearest_words(model, key, config))
     return "\n\n".join(sections)
 
