@@ -122,7 +122,7 @@ def _about(model: CoOpModel | None) -> str:
     parts = []
     for name, rows in by_class.items():
         items = "".join(
-            f"<li>{''.join(f'<code>{html.escape(word)}</code>' for word in row[: 3 if name else None])}</li>"
+            f"<li>{' '.join(f'<code>{html.escape(word)}</code>' for word in row[: 3 if name else None])}</li>"
             for row in rows
         )
         parts.append(f"<div>{f'<b>{html.escape(name)}</b>' if name else ''}<ol>{items}</ol></div>")
