@@ -45,6 +45,7 @@ CSS = """
 .share .number { text-align: right; font-variant-numeric: tabular-nums; }
 .words { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); gap: 12px 24px;
   max-height: 480px; overflow: auto; }
+.words > :only-child { grid-column: 1 / -1; }
 .words ol { margin: 4px 0 0; padding-left: 22px; list-style: decimal; }
 .words li { margin: 3px 0; }
 .words code { display: inline-block; margin-right: 4px; padding: 1px 6px; border-radius: 5px;
@@ -71,6 +72,31 @@ document.addEventListener("change", (event) => {
     named.items.add(new File([file], file.webkitRelativePath || file.name, {type: file.type}));
   }
   input.files = named.files;
+}, true);
+const filesOf = async (entry) => {  // of a folder that is dropped, with its place in the name of each
+  if (entry.isFile) {
+    const file = await new Promise((done, failed) => entry.file(done, failed));
+    return [new File([file], entry.fullPath.slice(1), {type: file.type})];
+  }
+  const reader = entry.createReader(), found = [];
+  for (;;) {  // a hundred at a time
+    const some = await new Promise((done, failed) => reader.readEntries(done, failed));
+    if (!some.length) break;
+    for (const other of some) found.push(...await filesOf(other));
+  }
+  return found;
+};
+document.addEventListener("drop", async (event) => {
+  const box = event.target.closest && event.target.closest("#folder"), input = box && box.querySelector("input");
+  if (!input) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  event.target.dispatchEvent(new DragEvent("dragleave", {bubbles: true}));
+  const given = new DataTransfer();
+  for (const entry of entries) for (const file of await filesOf(entry)) given.items.add(file);
+  input.files = given.files;
+  input.dispatchEvent(new Event("change", {bubbles: true}));
 }, true);
 document.addEventListener("paste", (event) => {
   const image = [...event.clipboardData.files].find((file) => file.type.startsWith("image/"));
