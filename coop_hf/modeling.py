@@ -196,7 +196,7 @@ class CoOpModel(AdapterModel):
         """Scores `(..., num_classes)` of logits: their softmax, or on SigLIP their sigmoid, of each class alone."""
         return self.family.probabilities(logits)
 
-    def get_text_features(self, image_embeds: Tensor | None = None) -> Tensor:
+    def get_text_features(self, image_embeds: Tensor | None = None, _view: View | None = None) -> Tensor:
         """Class embeddings of the active adapter, or of its hand-written template while it is disabled.
 
         With gradients where the adapter learns; otherwise computed once and kept until it or the classes change.
@@ -209,7 +209,7 @@ class CoOpModel(AdapterModel):
             `torch.Tensor` `(num_classes, projection_dim)`, projected, not normalised; for adapters that read the image
             `(batch, num_classes, projection_dim)`.
         """
-        view = self.view()
+        view = _view or self.view()
         features = self._text_features(image_embeds, view)
         while not view.is_current:
             view.read()

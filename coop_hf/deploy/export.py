@@ -84,14 +84,19 @@ def as_image_classifier(model: Any) -> ImageClassifier:
     Raises:
         ValueError: the adapter computes class embeddings for each image, so they cannot be fixed.
     """
-    adapter = None if model.is_disabled else model.adapter
+    view = model.view()  # read once: other threads may choose other adapters and classes meanwhile
+    adapter = None if view.is_disabled else view.adapter
     if adapter is not None and adapter.reads_image:
         raise ValueError(
             f"the method {adapter.method!r} computes class embeddings for each image, and an exported classifier has "
             "fixed ones: use `CoOpModel.predict`, or learn a method that does not read the image."
         )
-    classifier = ImageClassifier(model.family, model.get_text_features(), model.class_names, adapter)
-    return classifier.eval().requires_grad_(False)
+    while True:
+        features = model.get_text_features(_view=view)
+        classifier = ImageClassifier(model.family, features, view.classes.class_names, adapter)
+        if view.is_current:  # what a head learned for the classes was copied in the order of their names
+            return classifier.eval().requires_grad_(False)
+        view.read()
 
 
 def export_onnx(classifier: ImageClassifier, path: str | os.PathLike) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AddedToken
 
 from ..checks import clean_class_name
+from ..core.class_prompts import ClassPrompts
 from ..core.families import get_family
 from ..core.layout import frame, split_context
 
@@ -65,19 +66,21 @@ def merge_and_unload(model: Any) -> tuple[Any, Any]:
     ... )
     ```
     """
-    base, config = model.base_model, model.config
-    if model.adapter.method != "coop":
+    view = model.view()
+    adapter, config = view.adapter, view.adapter.config
+    if adapter.method != "coop":
         raise ValueError(
-            f"an adapter of the method {model.adapter.method!r} is more than words in a prompt, so no stock model can "
+            f"an adapter of the method {adapter.method!r} is more than words in a prompt, so no stock model can "
             "hold it: save the adapter, or export its classes with `as_image_classifier`."
         )
     processor = copy.deepcopy(model.processor)
     tokenizer = getattr(processor, "tokenizer", processor)
-    context = model.context.detach()
-    names = [clean_class_name(name) for name in config.class_names or []]
+    classes, context = snapshot(view)
+    class_names = None if classes is None else list(classes.class_names)
+    names = [clean_class_name(name) for name in class_names or []]
     num_contexts = len(names) if config.class_specific else 1
 
-    prefix = _unused_prefix(tokenizer)
+    prefix = unused_prefix(tokenizer)
     if config.class_specific:
         tokens = [[f"<{prefix}_{c + 1}_{k + 1}>" for k in range(config.n_ctx)] for c in range(num_contexts)]
     else:
@@ -88,33 +91,33 @@ def merge_and_unload(model: Any) -> tuple[Any, Any]:
     tokenizer.add_tokens([AddedToken(token, lstrip=True, normalized=False) for token in flat])
     ids = tokenizer.convert_tokens_to_ids(flat)
 
-    merged = _copy_with_rows(base, ids, context.flatten(0, -2))
+    merged = _copy_with_rows(model.base_model, ids, context.flatten(0, -2))
     if model.family.is_causal:
         # With eos_token_id == 2, which the configurations of OpenAI's CLIP have, transformers pools at the largest id
         # of each row: EOS, as long as no token is added behind it. Any other value is looked for itself.
         merged.config.text_config.eos_token_id = merged.text_model.eos_token_id = frame(tokenizer)[1][-1]
 
-    templates = [_template(row, config.class_token_position) for row in tokens]
+    templates = [prompt_template(row, config.class_token_position) for row in tokens]
     if config.class_specific:
         template, labels = "{}", [t.format(name) for t, name in zip(templates, names)]
     else:
         template, labels = templates[0], names
-    if names:
-        _check_tokens(tokenizer, model, template, labels, ids)
+    if classes is not None:
+        check_tokens(tokenizer, classes, template, labels, ids, config.class_specific)
     merged.config.coop_hf = {
         "hypothesis_template": template,
         "candidate_labels": labels or None,
-        "class_names": config.class_names,
+        "class_names": class_names,
     }
     return merged, processor
 
 
-def _template(tokens: list[str], class_token_position: str) -> str:
+def prompt_template(tokens: list[str], class_token_position: str) -> str:
     first = split_context(class_token_position, len(tokens))
     return " ".join([*tokens[:first], "{}", *tokens[first:]]) + "."
 
 
-def _unused_prefix(tokenizer: Any) -> str:
+def unused_prefix(tokenizer: Any) -> str:
     """A beginning of token names that the vocabulary does not hold. Class names have no underscores, so never do."""
     vocabulary, prefix, number = list(tokenizer.get_vocab()), "coop", 1
     while any(token.startswith(f"<{prefix}_") for token in vocabulary):
@@ -142,17 +145,40 @@ def _copy_with_rows(base: Any, ids: list[int], vectors: Tensor) -> Any:
     return merged
 
 
-def _check_tokens(tokenizer: Any, model: Any, template: str, labels: list[str], ids: list[int]) -> None:
-    """Raises unless the new tokenizer turns each prompt into the tokens that the adapter was learned on."""
-    layout = model.adapter.class_prompts.layout
-    n_ctx = layout.n_ctx
+def snapshot(view: Any) -> tuple[ClassPrompts | None, Tensor]:
+    """The classes and a copy of the context that belong together, whatever other threads do meanwhile."""
+    while True:
+        classes, context = view.classes, view.adapter.context.detach().clone()
+        if view.is_current:
+            return classes, context
+        view.read()
+
+
+def check_tokens(
+    tokenizer: Any,
+    classes: ClassPrompts,
+    template: str,
+    labels: list[str],
+    ids: list[int],
+    class_specific: bool = False,
+) -> None:
+    """Raises `ValueError` unless a new tokenizer turns each prompt into the tokens that the adapter was learned on.
+
+    Args:
+        tokenizer: the new tokenizer.
+        classes (`ClassPrompts`): the classes, in the tokens of the old one.
+        template (`str`), labels (`list[str]`): each prompt is the template with a label.
+        ids (`list[int]`): of the tokens that stand for the context vectors.
+        class_specific (`bool`, *optional*, defaults to `False`): whether each class has vectors of its own.
+    """
+    layout, n_ctx = classes.layout, classes.layout.n_ctx
     encoded = tokenizer([template.format(label) for label in labels])["input_ids"]
     for c, (row, found) in enumerate(zip(layout.tokens, encoded)):
-        own = ids[c * n_ctx : (c + 1) * n_ctx] if model.config.class_specific else ids
+        own = ids[c * n_ctx : (c + 1) * n_ctx] if class_specific else ids
         expected = [own[-1 - token] if token < 0 else token for token in row]
         if list(found) != expected:
             raise ValueError(
-                f"cannot merge: as text, the prompt of the class {model.class_names[c]!r} is another; the tokenizer "
+                f"cannot merge: as text, the prompt of the class {classes.class_names[c]!r} is another; the tokenizer "
                 f"reads {template.format(labels[c])!r} as {list(found)}, and the adapter stands for {expected}. "
                 "Give the class another name."
             )
