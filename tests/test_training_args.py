@@ -1,8 +1,10 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from coop_hf import CoOpTrainingArguments
-from coop_hf.training.arguments import paper_epochs
+from coop_hf.training.arguments import fast_steps, paper_epochs
 
 
 def test_the_papers_recipe(tmp_path):
@@ -40,14 +42,43 @@ def test_whatever_is_set_overrides_the_recipe(tmp_path):
 def test_the_fast_recipe_takes_all_images_at_once(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast")
     args.complete(321, 16, 20, 0.02)
-    assert args.per_device_train_batch_size == 321 and args.max_steps > 0
-    assert args.learning_rate == pytest.approx(0.6 * 0.02)  # in units of the token embeddings
+    assert args.per_device_train_batch_size == 321 and args.max_steps == 200
+    assert args.learning_rate == pytest.approx(0.05 * 0.02)  # in units of the token embeddings
+    assert args.variant == "tensor_adam"
+    assert "one second moment for a tensor" in args.describe(200)["hyperparameters"]["optimizer"]
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast", num_train_epochs=7)
     args.complete(321, 16, 20, 0.02)
     assert args.max_steps == -1 and args.num_train_epochs == 7
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast", cache_features=False)
     args.complete(321, 16, 20, 0.02)
     assert args.per_device_train_batch_size == 32  # images don't fit in memory as their embeddings do
+
+
+def test_the_fast_recipes_length_follows_the_shots(tmp_path):
+    assert [fast_steps(shots) for shots in (1, 2, 4, 8, 16, 10_000)] == [20, 32, 56, 104, 200, 200]
+    for classes in (2, 37, 1000):  # no more than the paper's at 1 shot, a tenth at 16
+        for shots in (1, 2, 4, 8, 16):
+            paper = paper_epochs(shots, classes) * max(1, shots * classes // 32)
+            args = CoOpTrainingArguments(str(tmp_path))
+            args.complete(shots * classes, shots, classes, 0.02)
+            assert args.max_steps == fast_steps(shots) and (shots > 1 or args.max_steps <= paper)
+            assert not (shots == 16 and classes >= 37) or 10 * args.max_steps <= paper
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20), st.integers(1, 1000))
+def test_more_images_never_shorten_the_fast_recipe(shots, most):
+    steps = [fast_steps(value, most) for value in sorted(shots)]
+    assert steps == sorted(steps) and min(20, most) <= steps[0] and steps[-1] <= most
+
+
+def test_shots_of_the_fast_recipe_are_a_mean_or_given(tmp_path):
+    for values, steps in [({}, 38), ({"num_shots": 4}, 56), ({"max_steps": 7}, 7)]:
+        args = CoOpTrainingArguments(str(tmp_path), **values)
+        args.complete(num_images=50, num_shots=31, num_classes=20, embedding_size=0.02)
+        assert args.max_steps == steps
+    args = CoOpTrainingArguments(str(tmp_path), optim="adamw_torch", learning_rate=0.1)
+    args.complete(50, 31, 20, 0.02)
+    assert args.variant is None  # whoever names an optimizer gets that one
 
 
 def test_accumulated_steps_share_the_recipes_batch(tmp_path):
@@ -103,10 +134,10 @@ def test_the_official_recipe_of_each_method(tmp_path, method, objective):
     average = (15.0, 1.0) if objective == "promptsrc" else (None, None)
     assert (args.average_mean, args.average_std) == average
     if method == "tcp":
-        assert args.is_adam_l2 and args.adam_epsilon == 1e-3 and args.optim_args is None
+        assert args.variant == "adam_l2" and args.adam_epsilon == 1e-3 and args.optim_args is None
     else:
         assert (args.optim, args.optim_args, args.adam_epsilon) == ("sgd", "momentum=0.9", 1e-8)
-        assert not args.is_adam_l2
+        assert args.variant is None
 
 
 def test_every_value_of_a_methods_recipe_can_be_overridden(tmp_path):
@@ -116,7 +147,7 @@ def test_every_value_of_a_methods_recipe_can_be_overridden(tmp_path):
     for method in ("tcp", "ivlp"):
         args = CoOpTrainingArguments(str(tmp_path), recipe="paper", **given)
         args.complete(320, 16, 20, 0.02, method)
-        assert {name: getattr(args, name) for name in given} == given and not args.is_adam_l2
+        assert {name: getattr(args, name) for name in given} == given and args.variant is None
 
 
 def test_what_is_set_on_the_arguments_later_stays(tmp_path):
@@ -124,4 +155,4 @@ def test_what_is_set_on_the_arguments_later_stays(tmp_path):
     args.learning_rate, args.optim = 0.25, "adamw_torch"
     args.complete(320, 16, 20, 0.02, "tcp")
     assert (args.learning_rate, args.optim, args.num_train_epochs) == (0.25, "adamw_torch", 50)
-    assert not args.is_adam_l2
+    assert args.variant is None

@@ -11,9 +11,18 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .objectives import get_objective, scaled_class_weights
+from .optimizers import TensorAdam
 
 
-__all__ = ["CoOpTrainingArguments", "PAPER_RECIPES", "PAPER_WARMUP_LR", "RECIPES", "get_recipe", "paper_epochs"]
+__all__ = [
+    "CoOpTrainingArguments",
+    "PAPER_RECIPES",
+    "PAPER_WARMUP_LR",
+    "RECIPES",
+    "fast_steps",
+    "get_recipe",
+    "paper_epochs",
+]
 
 # What a recipe sets where the user has set nothing.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -27,10 +36,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "fast": {
         "optim": "adamw_torch",
+        "variant": "tensor_adam",
         "learning_rate": None,  # FAST_LEARNING_RATE times the size of a token embedding
         "weight_decay": 0.0,
         "batch_size": 16384,
-        "max_steps": 200,
+        "max_steps": 200,  # at most, see fast_steps
     },
 }
 
@@ -41,8 +51,7 @@ PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
     "vpt": {"batch_size": 4, "learning_rate": 2.5e-3, "num_train_epochs": 5},
     "ivlp": {"batch_size": 4, "learning_rate": 3.5e-3, "num_train_epochs": 5},
     "maple": {"batch_size": 4, "learning_rate": 3.5e-3, "num_train_epochs": 5},
-    # Adam, whose weight decay is a part of the gradient: transformers has no name for it.
-    "tcp": {"optim": "adamw_torch", "is_adam_l2": True, "adam_epsilon": 1e-3, "num_train_epochs": 50},
+    "tcp": {"optim": "adamw_torch", "variant": "adam_l2", "adam_epsilon": 1e-3, "num_train_epochs": 50},
     ("coop", "kgcoop"): {"batch_size": 128, "num_train_epochs": 100},
     ("ivlp", "promptsrc"): {
         "learning_rate": 2.5e-3,
@@ -55,13 +64,18 @@ PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
 # Of the fast recipe, where a step on all images would be too much: class embeddings for each image.
 FAST_RECIPES: dict[str, dict] = {"cocoop": {"batch_size": 8}}
 
+# Optimizers that transformers has no name for, which take the values of its "adamw_torch".
+VARIANTS: dict[str, tuple[type[torch.optim.Optimizer], str]] = {
+    "adam_l2": (torch.optim.Adam, "adam with weight decay in the gradient"),
+    "tensor_adam": (TensorAdam, "adam with one second moment for a tensor"),
+}
+
 # Methods whose own loss is not cross-entropy.
 METHOD_OBJECTIVES = {"clap": "clap", "tcp": "kgcoop"}
 
-# Adam moves every value by about the learning rate, whatever the gradient's size: what is right depends on how large
-# the values are that the context stands beside. In units of the token embeddings' root mean square; on the validation
-# part of the emoji, accuracy is the same from 0.3 to 1.
-FAST_LEARNING_RATE = 0.6
+# How far a step goes: what is right depends on how large the values are that the context stands beside. In units of
+# the token embeddings' root mean square.
+FAST_LEARNING_RATE = 0.05
 
 PAPER_WARMUP_LR = 1e-5  # constant during the first epoch
 
@@ -71,6 +85,14 @@ def paper_epochs(num_shots: int, num_classes: int) -> int:
     if num_classes >= 1000 or num_shots <= 1:
         return 50
     return 100 if num_shots <= 4 else 200
+
+
+def fast_steps(num_shots: float, most: int = RECIPES["fast"]["max_steps"]) -> int:
+    """Steps of the fast recipe: 8 and 12 for each shot, but not more than `most`; 20 for 1 shot, 200 from 16 on.
+
+    Few images are soon learned by heart. More of them bear more steps and need them.
+    """
+    return min(most, round(8 + 12 * max(1.0, num_shots)))
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
@@ -107,8 +129,9 @@ class CoOpTrainingArguments(TrainingArguments):
             and weight decay 5e-4; batches of 32; 50, 100 or 200 epochs by number of shots (`paper_epochs`); a cosine
             that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views, and test images
             are cropped as there (to the pixel; `predict` and `"fast"` crop as the base's own image processor does).
-            `"fast"`: the same loss, all images at every step, Adam with a cosine over 200 steps from a learning rate
-            of 0.6 times the root mean square of the token embeddings, on cached embeddings of the plain views.
+            `"fast"`: the same loss, all images at every step, 20 steps for 1 shot to 200 for 16 and more
+            (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 times the root mean square of
+            the token embeddings, on cached embeddings of the plain views.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
         objective (`str` or `Callable`, *optional*, defaults to the method's own):
@@ -120,8 +143,9 @@ class CoOpTrainingArguments(TrainingArguments):
         average_mean, average_std (`float`, *optional*):
             At the end the weights become their mean over the ends of epochs 1, 2 ..., weighted by a Gaussian of this
             mean and standard deviation, in epochs, as in PromptSRC.
-        num_shots (`int`, *optional*, defaults to the largest class of the training set):
-            Shots that the paper's number of epochs goes by.
+        num_shots (`int`, *optional*):
+            Shots that the recipe's length goes by. Defaults to the images of the largest class for the paper's recipe,
+            and to the mean over the classes for the fast one.
         cache_features (`bool`, *optional*, defaults to `True`):
             Whether image embeddings are computed once and kept, in memory and on disk.
         num_views (`int`, *optional*):
@@ -159,7 +183,7 @@ class CoOpTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Average the weights over epochs around this one, by a Gaussian."}
     )
     average_std: float | None = field(default=None, metadata={"help": "The Gaussian's standard deviation, in epochs."})
-    num_shots: int | None = field(default=None, metadata={"help": "Shots that the paper's number of epochs goes by."})
+    num_shots: int | None = field(default=None, metadata={"help": "Shots that the recipe's length goes by."})
     cache_features: bool = field(default=True, metadata={"help": "Compute image embeddings once and keep them."})
     num_views: int | None = field(
         default=None, metadata={"help": "Augmented views of each training image that are cached; 0: the plain view."}
@@ -254,7 +278,7 @@ class CoOpTrainingArguments(TrainingArguments):
             if getattr(self, name) == taken:  # else somebody has set it since
                 self._taken[name] = values.get(name)
                 setattr(self, name, self._taken[name])
-        self.is_adam_l2 = recipe.get("is_adam_l2", False) and self.optim == self._taken.get("optim")
+        self.variant = recipe.get("variant") if self.optim == self._taken.get("optim") else None
         return recipe
 
     def get_objective(self, counts: np.ndarray | None = None) -> Callable:
@@ -315,11 +339,11 @@ class CoOpTrainingArguments(TrainingArguments):
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
-                    self.max_steps = recipe["max_steps"]
+                    self.max_steps = fast_steps(self.num_shots or num_images / num_classes, recipe["max_steps"])
 
     def describe(self, num_steps: int) -> dict:
         """What a model card says of a training: `seed`, `hyperparameters` and `hardware`."""
-        optimizer = "adam with weight decay in the gradient" if self.is_adam_l2 else OptimizerNames(self.optim).value
+        optimizer = VARIANTS[self.variant][1] if self.variant else OptimizerNames(self.optim).value
         values = {
             "recipe": self.recipe,
             "objective": self.to_dict()["objective"],

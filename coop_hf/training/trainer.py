@@ -28,7 +28,7 @@ from ..files.model_card import write_card
 from ..files.publish import push_to_hub
 from ..modeling import CoOpModel, CoOpOutput
 from . import checkpoints
-from .arguments import PAPER_WARMUP_LR, CoOpTrainingArguments
+from .arguments import PAPER_WARMUP_LR, VARIANTS, CoOpTrainingArguments
 from .epochs import FROZEN_IMAGE_EMBEDS, EpochCallback, Epochs, GaussianAverage, epoch_cosine
 from .metrics import make_compute_metrics
 from .objectives import Frozen, cross_entropy, sigmoid
@@ -121,10 +121,10 @@ class CoOpTrainer(Trainer):
             raise ValueError("the model has no class names: pass `class_names=` when it is made.")
         kwargs.setdefault("data_collator", _collate)
         kwargs.setdefault("compute_loss_func", self._mean_loss)
-        if args.is_adam_l2:
+        if args.variant is not None:
             betas = (args.adam_beta1, args.adam_beta2)
             options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-            kwargs.setdefault("optimizer_cls_and_kwargs", (torch.optim.Adam, options))
+            kwargs.setdefault("optimizer_cls_and_kwargs", (VARIANTS[args.variant][0], options))
         super().__init__(
             model=model,
             args=args,
