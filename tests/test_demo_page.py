@@ -103,7 +103,8 @@ class Visitor:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get(self.url)
-        self.until(lambda: self.all("#image button[aria-dropeffect]") and self.all("#names textarea"))
+        ready = ("#image button[aria-dropeffect]", "#names textarea", "#learned .answer", "#template .answer")
+        self.until(lambda: all(self.all(selector) for selector in ready))
 
     def until(self, condition):
         end = time.monotonic() + SECONDS
@@ -147,11 +148,13 @@ class Visitor:
 
     def scores(self, part="learned"):
         """Names and shown percentages of a column."""
-        names = [element.text for element in self.all(f"#{part} .share .name")]
-        return list(zip(names, [element.text for element in self.all(f"#{part} .share .number")]))
+        script = """return [...document.querySelectorAll(`#${arguments[0]} .share`)].map(
+            (bar) => [bar.querySelector(".name").textContent, bar.querySelector(".number").textContent])"""
+        return [tuple(pair) for pair in self.driver.execute_script(script, part)]
 
     def said(self, place="said"):
-        return "".join(element.text for element in self.all(f"#{place} .say"))
+        script = "return document.querySelector(`#${arguments[0]} .say`)?.textContent ?? ''"
+        return self.driver.execute_script(script, place)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from ..config import CoOpConfig
 from ..modeling import CoOpModel
 from .answers import load_shelf
 from .emoji import emoji_model_path
-from .examples import example_files
+from .examples import example_files, is_emoji_clip
 from .space import write_space
 
 
@@ -54,7 +54,9 @@ def launch(
     shelf = load_shelf(adapters, base_model)
     base = next(iter(shelf.models.values()), None)
     if base is None:
-        base = CoOpModel.from_pretrained(os.fspath(base_model or emoji_model_path()), CoOpConfig(n_ctx=1)).eval()
+        name = os.fspath(base_model or emoji_model_path())
+        template = "an emoji of a {}." if is_emoji_clip(name) else CoOpConfig.template
+        base = CoOpModel.from_pretrained(name, CoOpConfig(n_ctx=1, template=template)).eval()
     bases = [model.base_model.config._name_or_path for model in shelf.models.values() or [base]]
     from .page import CSS, HEAD, make_page, make_theme  # seconds, which a mistake in the arguments need not wait for
 

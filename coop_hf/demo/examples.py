@@ -8,7 +8,7 @@ from ..data.sources import IMAGE_EXTENSIONS
 from .emoji import emoji_model_path, load_emoji
 
 
-__all__ = ["example_files"]
+__all__ = ["example_files", "is_emoji_clip"]
 
 MAX_EXAMPLES = 12
 
@@ -27,7 +27,7 @@ def example_files(examples: str | os.PathLike | None, bases: list[str]) -> list[
         ValueError: the folder holds no image.
     """
     if examples is None:
-        return _emoji_files() if all(_is_emoji_clip(base) for base in bases) else []
+        return _emoji_files() if all(is_emoji_clip(base) for base in bases) else []
     files = sorted(path for path in Path(examples).rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
     if not files:
         raise ValueError(
@@ -36,7 +36,8 @@ def example_files(examples: str | os.PathLike | None, bases: list[str]) -> list[
     return [str(path) for path in files[:MAX_EXAMPLES]]
 
 
-def _is_emoji_clip(base: str) -> bool:
+def is_emoji_clip(base: str) -> bool:
+    """Whether a name is that of the embedded emoji CLIP's folder."""
     try:
         return os.path.realpath(base) == os.path.realpath(emoji_model_path())
     except FileNotFoundError:  # an installation from a wheel

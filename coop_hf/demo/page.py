@@ -7,7 +7,7 @@ import html
 import os
 import shutil
 import tempfile
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -306,8 +306,10 @@ def _learn_tab(shelf: Shelf, base: CoOpModel, keys: list, mine: Any, key: Any, t
                     raise Message("Choose a zip or a folder first.")
                 found = images_of_zip(archive, work) if archive else images_of_folder(folder)
                 train, test, note = split_images(found, int(shots), tell=tell)
-                _sweep(downloads.name)
                 place = tempfile.mkdtemp(dir=downloads.name)
+                timer = threading.Timer(KEEP_SECONDS, shutil.rmtree, (place,), {"ignore_errors": True})
+                timer.daemon = True
+                timer.start()
                 got = learn(base, train, test, place, template, kind, tell=tell)
         except Message as message:
             return _say(str(message)), "", gr.update(visible=False), gr.update(), mine
@@ -331,10 +333,3 @@ def _learn_tab(shelf: Shelf, base: CoOpModel, keys: list, mine: Any, key: Any, t
         return gr.update(choices=choices, value=mine[-1][1], visible=len(choices) > 1), gr.update(selected="try")
 
     use.click(show, mine, [key, tabs], api_visibility="private", show_progress="hidden")
-
-
-def _sweep(folder: str) -> None:
-    """Removes what was offered for download long ago."""
-    for place in os.scandir(folder):
-        if time.time() - place.stat().st_mtime > KEEP_SECONDS:
-            shutil.rmtree(place, ignore_errors=True)
