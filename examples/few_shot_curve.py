@@ -42,13 +42,14 @@ def main() -> None:
     title = f"{task.name}, {len(task.class_names)} classes, {len(task.parts['test'][1])} test images"
     show_table(table, path, title, args.seeds)
     try:
-        image, numbers = plot_few_shot_curves(
+        image = os.path.join(args.output_dir, "few_shot_curve.png")
+        plot_few_shot_curves(
             {name: by_shots for name, by_shots in scores.items() if 0 not in by_shots},
-            os.path.join(args.output_dir, "few_shot_curve.png"),
+            image,
             {name: by_shots[0][0] for name, by_shots in scores.items() if 0 in by_shots},
             title,
         )
-        print(f"Written: {path}, {image}, {numbers}")
+        print(f"Written: {path}, {image}, {image[:-4]}.csv")
     except ImportError as error:
         print(f"Written: {path}. No image: {error}")
     print(f"Time: {time.perf_counter() - start:.0f} s")

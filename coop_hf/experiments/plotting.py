@@ -1,11 +1,15 @@
 """Images of results, in the paper's style: few-shot curves, gains, confusion matrices, predictions before and after.
 
-Each function writes a PNG and, beside it, a CSV file with the same data.
+Each function returns the figure, which a notebook shows. With a `path` it writes a PNG and, beside it, a CSV file with
+the same data.
 """
 
 import csv
+import functools
+import io
 import os
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,20 +26,51 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 
 _DPI = 150
 
+_MAX_MATRIX = 26.0  # inches
 
-def _new_figure(width: float, height: float) -> Any:
-    """A figure without pyplot: no global state, no window, any thread."""
+_NO_TEXT_FONTS = ("Emoji", "Last Resort")  # colours, which cannot be drawn; boxes for every character
+
+
+@functools.cache
+def _figure_class() -> Any:
+    """matplotlib's `Figure`, which shows itself in a notebook. Made late: matplotlib is an extra."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib, which is not installed: `pip install coop_hf[plot]`.") from error
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+    class Plot(Figure):
+        written: tuple[str, str] | None = None  # PNG and CSV file
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+        def __iter__(self) -> Any:
+            warnings.warn(
+                "plots return the figure, and the paths of PNG and CSV file, as before, only until coop_hf 0.5: take "
+                "the path that you gave.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            return iter(self.written or ())
+
+    return Plot
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """A figure without pyplot: no global state, no window, any thread."""
+    figure = _figure_class()(figsize=(width, height), dpi=_DPI, layout="constrained")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     return figure
 
 
-def _check_path(path: str | os.PathLike) -> Path:
+def _check_path(path: str | os.PathLike | None) -> Path | None:
+    if path is None:
+        return None
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"`path` must end in .png (the CSV file gets the same name), got {str(path)!r}.")
@@ -43,14 +78,59 @@ def _check_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def _write(figure: Any, path: Path, header: list[str], rows: list) -> tuple[str, str]:
-    csv_path = path.with_suffix(".csv")
-    figure.savefig(path)
-    with open(csv_path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return str(path), str(csv_path)
+def _finish(figure: Any, path: Path | None, header: list[str], rows: list) -> Any:
+    """The figure, in fonts that have its characters, and written if there is a path."""
+    _choose_fonts(figure)
+    if path is not None:
+        csv_path = path.with_suffix(".csv")
+        figure.savefig(path)
+        with open(csv_path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+        figure.written = (str(path), str(csv_path))
+    return figure
+
+
+def _choose_fonts(figure: Any) -> None:
+    """Adds installed fonts for characters that the usual one has not, and says what to do where there is none."""
+    from matplotlib import get_cachedir, rcParams
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+    from matplotlib.text import Text
+
+    def characters(file: str) -> set[int]:
+        return set(get_font(file).get_charmap())
+
+    for axes in figure.axes:  # which makes the labels of ticks
+        axes.get_xticklabels(), axes.get_yticklabels()
+    texts = figure.findobj(Text)
+    needed = {ord(character) for text in texts for character in text.get_text() if not character.isspace()}
+    missing = needed - characters(findfont(FontProperties()))
+    fallbacks: list[str] = []
+    # Fonts for East Asia first: others that have a few of their characters look odd beside them.
+    for entry in sorted(fontManager.ttflist, key=lambda font: ("CJK" not in font.name, font.name)):
+        if not missing:
+            break
+        if entry.name in fallbacks or entry.style != "normal" or any(word in entry.name for word in _NO_TEXT_FONTS):
+            continue
+        try:
+            found = missing & characters(entry.fname)
+        except (OSError, RuntimeError):  # a file that went away or that FreeType cannot read
+            continue
+        if found:
+            fallbacks.append(entry.name)
+            missing -= found
+    if fallbacks:
+        for text in texts:
+            text.set_fontfamily([*rcParams["font.family"], *fallbacks])
+    if missing:
+        shown = "".join(map(chr, sorted(missing)[:10]))
+        warnings.warn(
+            f"no installed font has the characters {shown!r}{' and more' if len(missing) > 10 else ''}, which become "
+            "boxes: install one that has (for Chinese, Japanese and Korean on Debian and Ubuntu: `apt install "
+            f"fonts-noto-cjk`), and remove the list of fonts that matplotlib keeps in {get_cachedir()}.",
+            stacklevel=4,
+        )
 
 
 def _tidy(axes: Any, grid: str = "both") -> None:
@@ -62,17 +142,17 @@ def _tidy(axes: Any, grid: str = "both") -> None:
 
 def plot_few_shot_curves(
     results: dict,
-    path: str | os.PathLike,
+    path: str | os.PathLike | None = None,
     zero_shot: dict[str, float] | float | None = None,
     title: str | None = None,
     spread: str = "band",
-) -> tuple[str, str]:
+) -> Any:
     """Accuracy over the number of shots, one curve for each method (figure 3 of https://arxiv.org/abs/2109.01134).
 
     Args:
         results (`dict[str, dict[int, list[float]]]`): `{method: {shots: [accuracy of each seed, ...]}}`, accuracies
             as fractions; a single number stands for one seed.
-        path (`str` or `os.PathLike`): PNG file; its folder is made if missing.
+        path (`str` or `os.PathLike`, *optional*): PNG file; its folder is made if missing. `None`: nothing is written.
         zero_shot (`float` or `dict[str, float]`, *optional*): accuracy without training, a star at 0 shots; several by
             name.
         title (`str`, *optional*): stands over the plot, for example the data set.
@@ -80,7 +160,7 @@ def plot_few_shot_curves(
             `"bars"` or `"none"`. It is that of a sample (n - 1), and 0 for one seed.
 
     Returns:
-        paths of the PNG and of the CSV file with the columns method, shots, mean, std, seeds.
+        `matplotlib.figure.Figure`. The CSV file has the columns method, shots, mean, std, seeds.
 
     Raises:
         ImportError: matplotlib is missing (`pip install coop_hf[plot]`).
@@ -131,7 +211,7 @@ def plot_few_shot_curves(
         axes.set_title(title)
     _tidy(axes)
     axes.legend(frameon=False, fontsize=9, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}))
-    return _write(figure, path, ["method", "shots", "mean", "std", "seeds"], rows)
+    return _finish(figure, path, ["method", "shots", "mean", "std", "seeds"], rows)
 
 
 def _fraction(value: Any, where: str) -> float:
@@ -142,18 +222,18 @@ def _fraction(value: Any, where: str) -> float:
 
 
 def plot_gains(
-    gains: dict, path: str | os.PathLike, title: str | None = None, baseline: str = "zero-shot CLIP"
-) -> tuple[str, str]:
+    gains: dict, path: str | os.PathLike | None = None, title: str | None = None, baseline: str = "zero-shot CLIP"
+) -> Any:
     """Gains per data set as horizontal bars, largest on top (figure 4 of https://arxiv.org/abs/2109.01134).
 
     Args:
         gains (`dict[str, float]`): `{data set: accuracy - accuracy of the baseline}`, fractions; may be negative.
-        path (`str` or `os.PathLike`): PNG file; its folder is made if missing.
+        path (`str` or `os.PathLike`, *optional*): PNG file; its folder is made if missing. `None`: nothing is written.
         title (`str`, *optional*): stands over the plot.
         baseline (`str`, *optional*, defaults to `"zero-shot CLIP"`): what the gains are over, for the axis.
 
     Returns:
-        paths of the PNG and of the CSV file with the columns name, gain.
+        `matplotlib.figure.Figure`. The CSV file has the columns name, gain.
     """
     path = _check_path(path)
     if not gains:
@@ -179,31 +259,47 @@ def plot_gains(
         axes.set_title(title)
     _tidy(axes, grid="x")
     axes.spines["left"].set_visible(False)
-    return _write(figure, path, ["name", "gain"], rows)
+    return _finish(figure, path, ["name", "gain"], rows)
 
 
 def plot_confusion_matrix(
-    predictions: Sequence[int],
-    references: Sequence[int],
-    class_names: list[str],
-    path: str | os.PathLike,
+    *positional: Any,
+    references: Sequence[int] | None = None,
+    predictions: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    path: str | os.PathLike | None = None,
     normalize: bool = True,
     title: str | None = None,
-) -> tuple[str, str]:
+) -> Any:
     """Which classes are taken for which.
 
+    All arguments go by name: libraries disagree on which of truth and prediction comes first.
+
     Args:
-        predictions, references (`np.ndarray` or `list[int]`): `(num_examples,)`, predicted and true class indices.
-        class_names (`list[str]`): the classes.
-        path (`str` or `os.PathLike`): PNG file; its folder is made if missing.
+        references, predictions (`np.ndarray` or `list[int]`): `(num_examples,)`, true and predicted class indices.
+        class_names (`list[str]`): the classes. Where there is no room for all of them, every second, third ... is
+            written.
+        path (`str` or `os.PathLike`, *optional*): PNG file; its folder is made if missing. `None`: nothing is written.
         normalize (`bool`, *optional*, defaults to `True`): shares of each true class, else counts. Colours always show
             shares.
         title (`str`, *optional*): stands over the plot.
 
     Returns:
-        paths of the PNG and of the CSV file: counts, one row for each true class, one column for each predicted one.
+        `matplotlib.figure.Figure`. The CSV file has counts, one row for each true class, one column for each predicted
+        one.
     """
-    path = _check_path(path)
+    if positional:
+        warnings.warn(
+            "plot_confusion_matrix takes its arguments by name, `references=` (the truth), `predictions=`, "
+            "`class_names=` and `path=`; by position (predictions first) only until coop_hf 0.5.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        given: tuple[Any, ...] = (predictions, references, class_names, path, normalize, title)
+        predictions, references, class_names, path, normalize, title = (*positional, *given[len(positional) :])
+    if references is None or predictions is None or class_names is None:
+        raise TypeError("plot_confusion_matrix needs `references=` (the truth), `predictions=` and `class_names=`.")
+    file = _check_path(path)
     guesses, truths = np.asarray(predictions), np.asarray(references)
     number = len(class_names)
     if guesses.shape != truths.shape or guesses.ndim != 1 or len(guesses) == 0:
@@ -220,31 +316,47 @@ def plot_confusion_matrix(
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
 
-    side = min(max(4.2, 1.8 + 0.36 * number), 24)
-    figure = _new_figure(side + 0.6, side)
+    pitch = min(0.36 if number <= 30 else 0.22, _MAX_MATRIX / number)  # inches of a class
+    names = [str(name) for name in class_names]
+    longest = max(map(len, names))
+    font = min(9.0, max(5.0, 50 * pitch))
+    margin = 1.0 + min(longest, 40) * font / 120
+    figure = _new_figure(max(4.8, pitch * number * 1.08 + margin + 1.2), max(3.8, pitch * number + margin))
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    font = 9 if number <= 20 else max(3, 180 / number)
-    axes.set_xticks(range(number), class_names, rotation=90 if number > 6 else 0, fontsize=font)
-    axes.set_yticks(range(number), class_names, fontsize=font)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest" if number <= 300 else None)
+    every = -(-font * 1.2 // (72 * pitch))  # classes that one line of text covers
+    ticks = np.arange(0, number, int(every))
+    labels = [textwrap.shorten(names[tick], 40, placeholder="…") for tick in ticks]
+    flat = number <= 6 and longest * font / 120 < pitch * 1.5
+    axes.set_xticks(ticks, labels, rotation=0 if flat else 90, fontsize=font)
+    axes.set_yticks(ticks, labels, fontsize=font)
     axes.tick_params(length=0)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if number <= 30:
-        for row, column in np.argwhere(counts):
-            share = shares[row, column]
-            text = f"{100 * share:.0f}" if normalize else str(counts[row, column])
-            colour = "white" if share > 0.55 else "#222222"
-            axes.text(column, row, text, ha="center", va="center", fontsize=font * 0.85, color=colour)
-    bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
-    bar.set_label("share of the true class" + (" (numbers: %)" if normalize and number <= 30 else ""))
+    if number > 30:  # eyes need a line to follow
+        lines = np.arange(-0.5, number, 5 if number <= 200 else 50)
+        axes.set_xticks(lines, minor=True)
+        axes.set_yticks(lines, minor=True)
+        axes.grid(which="minor", color="#CCCCCC", linewidth=0.5)
+        axes.tick_params(which="minor", length=0)
+    has_numbers = number <= 120
+    for row, column in np.argwhere(counts) if has_numbers else ():
+        share = shares[row, column]
+        text = f"{100 * share:.0f}" if normalize else str(counts[row, column])
+        colour = "white" if share > 0.55 else "#222222"
+        size = min(font * 0.85, 72 * pitch / max(2, len(text)) * 1.1)
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+    large = 10 + 0.4 * pitch * number  # what stands outside grows with the figure
+    height = min(1.0, 8 / (pitch * number))
+    bar = figure.colorbar(image, ax=axes, fraction=0.045 * height, pad=0.02, shrink=height, anchor=(0, 1))
+    bar.set_label("share of the true class" + (" (numbers: %)" if normalize and has_numbers else ""))
     bar.outline.set_visible(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     accuracy = np.trace(counts) / counts.sum()
-    axes.set_title(f"{title + ': ' if title else ''}{100 * accuracy:.1f} % correct")
+    axes.set_title(f"{title + ': ' if title else ''}{100 * accuracy:.1f} % correct", fontsize=large)
+    axes.set_xlabel("predicted", fontsize=large)
+    axes.set_ylabel("true", fontsize=large)
     rows = [[name, *row] for name, row in zip(class_names, counts.tolist())]
-    return _write(figure, path, ["true \\ predicted", *class_names], rows)
+    return _finish(figure, file, ["true \\ predicted", *class_names], rows)
 
 
 def plot_predictions(
@@ -252,10 +364,10 @@ def plot_predictions(
     before: list,
     after: list,
     labels: list[str],
-    path: str | os.PathLike,
+    path: str | os.PathLike | None = None,
     columns: int = 4,
     titles: tuple[str, str] = ("zero-shot", "CoOp"),
-) -> tuple[str, str]:
+) -> Any:
     """Images with what was predicted before and after.
 
     Args:
@@ -263,12 +375,13 @@ def plot_predictions(
         before, after (`list[list[dict]]`): what `CoOpModel.predict` returns for them, with the adapter disabled and
             with it; only the best guess is shown.
         labels (`list[str]`): names of the true classes.
-        path (`str` or `os.PathLike`): PNG file; its folder is made if missing.
+        path (`str` or `os.PathLike`, *optional*): PNG file; its folder is made if missing. `None`: nothing is written.
         columns (`int`, *optional*, defaults to 4): images in a row.
         titles (`tuple[str, str]`, *optional*, defaults to `("zero-shot", "CoOp")`): names of before and after.
 
     Returns:
-        paths of the PNG and of the CSV file with the columns index, label, before, before_score, after, after_score.
+        `matplotlib.figure.Figure`. The CSV file has the columns index, label, before, before_score, after,
+        after_score.
 
     Example:
 
@@ -325,4 +438,4 @@ def plot_predictions(
             )
         rows.append([index, label, first[0]["label"], first[0]["score"], second[0]["label"], second[0]["score"]])
     header = ["index", "label", "before", "before_score", "after", "after_score"]
-    return _write(figure, path, header, rows)
+    return _finish(figure, path, header, rows)
