@@ -6,7 +6,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: train test test-slow lint format
+.PHONY: train test test-slow lint format docs
 
 train: .venv/ready
 	.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/train.py
@@ -21,6 +21,10 @@ lint: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
+
+# The site, into site/; a warning is an error. `make test` builds it, too.
+docs: .venv-test/ready
+	NO_MKDOCS_2_WARNING=1 .venv-test/bin/mkdocs build --strict
 
 format: .venv-test/ready
 	.venv-test/bin/ruff check --fix .

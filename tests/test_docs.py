@@ -1,44 +1,94 @@
-"""The pages' Python is run as written, in the order of a reader, against a local Hub and folders of emoji.
+"""The pages' Python and commands are run as written, in a reader's order, against a local Hub and folders of emoji.
 
-Only names are replaced: OpenAI's model by the embedded one, and images that a reader would have by emoji.
+Only names are replaced: OpenAI's models by the embedded one, a language model by a tiny one; a training by a command
+takes a few steps. Commands on data that is not here are parsed: the script and every option exist, every value is one.
 """
 
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import HubServer
+from page_runner import PageRunner
 from test_coop_checkpoint import write_checkpoint
-from transformers import CLIPModel, CLIPTokenizer
+from test_cupl import WORDS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPModel, CLIPTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from coop_hf import CoOpModel, emoji_model_path, load_emoji
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    "README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "results" not in path.parts),
+    "examples/emoji/README.md",
+]
 
-PREPARE = """
-import sys
-sys.path.insert(0, {tests!r})
-from coop_hf import emoji_model_path
-import torch, transformers
-transformers.set_seed(0)
-"""
+# Pages that go on where another one ends.
+CHAINS = [["docs/share.md", "docs/use.md"]]
+
+# What `run` takes from a page's command line, beside what is written there, so that it takes seconds.
+FEW_STEPS = "--max_steps 2 --save_strategy no"
 
 
-def blocks(page: str) -> list[str]:
+def blocks(page):
+    """`(language, text)` of every fenced block of a page; a block without a language is what something printed."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.M | re.S)
 
 
-def write_images(folder: Path) -> None:
+def commands(text):
+    """The commands of a block of shell, without their environment, comments and the shell's own words."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words.pop(0)
+        if words[:2] == ["accelerate", "launch"]:
+            words = ["python", *words[2 if words[2].endswith(".py") else 3 :]]
+        if words and words[0] in ("python", "coop-hf", "make", "pip"):
+            yield words
+
+
+def runs(words):
+    """Whether a command runs here, as written but for the base and the number of steps."""
+    on_our_data = "--dataset" not in words or words[words.index("--dataset") + 1] == "my_images"
+    return words[:2] == ["python", "examples/train.py"] and on_our_data and "paper" not in words
+
+
+def steps(page):
+    for language, text in blocks(page):
+        if language == "python":
+            text = re.sub(r'"openai/clip-vit-\w+-patch\d+"', repr(emoji_model_path()), text)
+            yield "python", text.replace('"Qwen/Qwen2.5-1.5B-Instruct"', '"language_model"')
+        elif language == "bash":
+            for words in commands(text):
+                if words[0] in ("python", "coop-hf"):
+                    kind = "command" if runs(words) else "parse"
+                    line = shlex.join(words)
+                    if kind == "command":
+                        line = re.sub(r"openai/clip-vit-\w+-patch\d+", emoji_model_path(), line) + " " + FEW_STEPS
+                    yield kind, line
+
+
+RUNNING = [page for page in PAGES if any(True for _ in steps(page))]
+CHAINED = [page for chain in CHAINS for page in chain]
+GROUPS = [*CHAINS, *([page] for page in RUNNING if page not in CHAINED)]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
     """A folder of class folders, and the single images that the pages name."""
+    folder = tmp_path_factory.mktemp("images")
     emoji = load_emoji()["train"]
     names = emoji.features["label"].names
     for row in range(len(emoji)):
@@ -47,100 +97,169 @@ def write_images(folder: Path) -> None:
         emoji[row]["image"].save(place / f"{row}.png")
     for row, name in enumerate(("cat.jpg", "a.jpg", "b.jpg", "image.jpg")):
         emoji[row]["image"].convert("RGB").save(folder / name)
+    return folder
 
 
-def run_pages(pages, folder, url="http://127.0.0.1:9", token=None, before="", skip=None):
-    code = "\n\n".join(block for page in pages for block in blocks(page) if skip is None or skip not in block)
-    code = re.sub(r'"openai/clip-vit-base-patch\d+"', "emoji_model_path()", code)
-    script = folder / "page.py"
-    script.write_text(PREPARE.format(tests=str(ROOT / "tests")) + before + "\n\n" + code, encoding="utf-8")
-    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment = {
-        **keep,
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-        **({"HF_TOKEN": token} if token else {}),
-    }
-    result = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
-
-
-def test_readme(tmp_path):
-    write_images(tmp_path)
-    run_pages(["README.md"], tmp_path)
-    assert (tmp_path / "my-prompt" / "adapter_model.safetensors").stat().st_size < 40_000
-
-
-def test_quick_start_and_training(tmp_path):
-    write_images(tmp_path)
-    before = "from coop_hf import CoOpTrainer\n"
-    run_pages(["docs/quickstart.md"], tmp_path, before=before)
-    emoji_model_path()
-
-
-def test_share_then_use(tmp_path):
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
     with HubServer() as hub:
-        output = run_pages(["docs/share.md", "docs/use.md"], tmp_path, hub.url, hub.add_user("you"))
-    assert hub.url in output and "you/emoji-prompt" in output
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": hub.add_user("you"),
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            "COOP_HF_CACHE": str(home / "embeddings"),  # one for all pages: most look at the same images
+        }
+        with PageRunner(environment) as runner:
+            runner.hub = hub
+            yield runner
 
 
-def test_deploy(tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed (the onnx extra)")
-    run_pages(["docs/deploy.md"], tmp_path)
-    assert (tmp_path / "classifier.onnx").is_file() and (tmp_path / "merged" / "model.safetensors").is_file()
+def write_language_model(folder):
+    """A tiny one that writes words at random."""
+    vocab = {word: index for index, word in enumerate(["<eos>", "<unk>", ".", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(0)
+    config = {"vocab_size": len(vocab), "n_positions": 256, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**config, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def test_move_from_the_original(tmp_path):
-    """A checkpoint in the original's format, in the folder that the page names: its command, then its Python."""
+CHECKPOINT = "output/imagenet/CoOp/vit_b16_16shots/nctx16_cscFalse_ctpend/seed1"
+CHECKPOINT_NAMES = ["tench", "goldfish", "great white shark"]
+
+
+def write_original(folder):
+    """A checkpoint in the original's format, in the folder that the page names."""
     tokenizer, base = CLIPTokenizer.from_pretrained(emoji_model_path()), CLIPModel.from_pretrained(emoji_model_path())
-    names = ["tench", "goldfish", "great white shark"]
-    output = "output/imagenet/CoOp/vit_b16_16shots/nctx16_cscFalse_ctpend/seed1"
-    path = tmp_path / output / "prompt_learner" / "model.pth.tar-50"
-    context = write_checkpoint(path, tokenizer, base, names, n_ctx=16)
-    (tmp_path / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    (command,) = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/move_from_coop.md").read_text("utf-8"), re.M | re.S)
-    assert output in command
+    path = folder / CHECKPOINT / "prompt_learner" / "model.pth.tar-50"
+    (folder / "names.txt").write_text("\n".join(CHECKPOINT_NAMES) + "\n", encoding="utf-8")
+    return write_checkpoint(path, tokenizer, base, CHECKPOINT_NAMES, n_ctx=16)
+
+
+def write_draw(folder):
+    """A split file, and a draw as the paper's code pickles it, under the names of that code's class."""
+    names, parts = ["accordion", "anchor"], {}
+    for part in ("train", "val", "test"):
+        parts[part] = [
+            [f"{name}/image_{row}.jpg", label, name] for label, name in enumerate(names) for row in range(3)
+        ]
+    (folder / "split_zhou_Caltech101.json").write_text(json.dumps(parts), encoding="utf-8")
+    module = types.ModuleType("dassl.data.datasets.base_dataset")
+    module.Datum = type("Datum", (), {"__module__": module.__name__})
+    drawn = {}
+    for part, rows in (("train", (1, 4)), ("val", (0, 5))):
+        drawn[part] = []
+        for row in rows:
+            path, label, name = parts[part][row]
+            drawn[part].append(module.Datum())
+            vars(drawn[part][-1]).update(_impath=f"/home/me/data/{path}", _label=label, _domain=0, _classname=name)
+    packages = ["dassl", "dassl.data", "dassl.data.datasets", module.__name__]
+    sys.modules.update({name: module for name in packages})
+    try:
+        (folder / "shot_16-seed_1.pkl").write_bytes(pickle.dumps(drawn))
+    finally:
+        for name in packages:
+            del sys.modules[name]
+
+
+# What stands in a reader's folder when the page is opened.
+PREPARE = {
+    "docs/datasets.md": write_draw,
+    "docs/methods/cupl.md": lambda folder: write_language_model(folder / "language_model"),
+    "docs/move_from_coop.md": write_original,
+}
+
+NEEDS = {
+    "docs/demo.md": ["gradio"],
+    "docs/deploy.md": ["onnx", "onnxscript", "onnxruntime"],
+    "docs/methods/interpret.md": ["matplotlib"],
+    "docs/methods/linear_probe.md": ["sklearn"],
+}
+
+
+def printed(page):
+    """What a page says that its Python prints."""
+    return "\n".join(body for language, body in blocks(page) if not language)
+
+
+def check_same_numbers(output, page):
+    """Nothing is trained: the same on any machine, up to an image."""
+    number, expected = r"-?\d+\.?\d*(?:e-?\d+)?", printed(page)
+    assert re.sub(number, "#", output).split() == re.sub(number, "#", expected).split()
+    for found, said in zip(re.findall(number, output), re.findall(number, expected), strict=True):
+        assert float(found) == pytest.approx(float(said), abs=1.1)
+
+
+def check_draw(folder):
+    draw = json.loads((folder / "shot_16-seed_1.json").read_text(encoding="utf-8"))
+    assert {part: draw[part]["indices"] for part in draw} == {"train": [1, 4], "val": [0, 5]}
+
+
+def check_original(folder):
+    model = CoOpModel.from_pretrained(folder / "my-prompt")
+    stored = torch.load(folder / CHECKPOINT / "prompt_learner" / "model.pth.tar-50", weights_only=True)
+    assert torch.equal(model.context.detach(), stored["state_dict"]["ctx"].float())
+    assert model.class_names == CHECKPOINT_NAMES
+
+
+# What has come of a page, beside that no block failed.
+CHECK = {
+    "README.md": lambda folder: (folder / "my-prompt" / "adapter_model.safetensors").stat().st_size < 40_000,
+    "docs/datasets.md": check_draw,
+    "docs/deploy.md": lambda folder: (folder / "classifier.onnx").is_file() and (folder / "merged").is_dir(),
+    "docs/methods/cupl.md": lambda folder: len(json.loads((folder / "pets.json").read_text())) == 2,
+    "docs/move_from_coop.md": check_original,
+}
+
+
+@pytest.mark.parametrize("pages", GROUPS, ids=lambda pages: "-".join(Path(page).stem for page in pages))
+def test_a_page_runs(pages, runner, images, tmp_path):
+    for page in pages:
+        for module in NEEDS.get(page, []):
+            pytest.importorskip(module, reason=f"{module} is not installed")
+    shutil.copytree(images, tmp_path, dirs_exist_ok=True)
+    for page in pages:
+        if page in PREPARE:
+            PREPARE[page](tmp_path)
+    seed = ("python", "import transformers; transformers.set_seed(0)")
+    output = runner.run(tmp_path, [seed, *(step for page in pages for step in steps(page))])
+    for page in pages:
+        if page in CHECK:
+            assert CHECK[page](tmp_path) in (None, True)
+        if page in ("docs/methods/zero_shot.md", "docs/methods/interpret.md"):
+            check_same_numbers(output, page)
+    if "docs/share.md" in pages:
+        assert runner.hub.url in output and "you/emoji-prompt" in output
+
+
+def test_the_command_for_original_checkpoints(tmp_path):
+    """The page's command beside its Python: the same adapter."""
+    context = write_original(tmp_path)
+    (command,) = [text for language, text in blocks("docs/move_from_coop.md") if language == "bash"]
+    assert CHECKPOINT in command
     command = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
     command = command.replace("openai/clip-vit-base-patch16", shlex.quote(emoji_model_path()))
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    by_command = CoOpModel.from_pretrained(tmp_path / "my-prompt")
-    assert torch.equal(by_command.context.detach(), context) and by_command.class_names == names
-    shutil.rmtree(tmp_path / "my-prompt")
-    run_pages(["docs/move_from_coop.md"], tmp_path)
-    by_python = CoOpModel.from_pretrained(tmp_path / "my-prompt")
-    assert torch.equal(by_python.context.detach(), context) and by_python.class_names == names
+    assert torch.equal(CoOpModel.from_pretrained(tmp_path / "my-prompt").context.detach(), context)
 
 
-def printed(page: str) -> str:
-    """What a page says that its Python prints: the fenced blocks without a language."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return "\n".join(body for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if not language)
-
-
-BASELINES = ["zero_shot", "cupl", "linear_probe", "pet", "autoprompt", "interpret", "heads"]
-LEARNERS = ["cocoop", "kgcoop", "prograd", "tcp", "deep_prompts", "maple", "promptsrc", "tpt"]
-
-
-@pytest.mark.parametrize("name", [*BASELINES, *LEARNERS])
-def test_the_pages_of_the_methods(tmp_path, name):
-    for module in {"linear_probe": ["sklearn"], "interpret": ["matplotlib"]}.get(name, []):
-        pytest.importorskip(module, reason=f"{module} is not installed")
-    page = f"docs/methods/{name}.md"
-    output = run_pages([page], tmp_path, skip="# needs the Hub")
-    number = r"-?\d+\.?\d*(?:e-?\d+)?"
-    if name in ("zero_shot", "cupl", "interpret"):  # nothing is trained: the same on any machine, up to an image
-        expected = printed(page)
-        assert re.sub(number, "#", output).split() == re.sub(number, "#", expected).split()
-        for found, said in zip(re.findall(number, output), re.findall(number, expected), strict=True):
-            assert float(found) == pytest.approx(float(said), abs=1.1)
-    else:
-        assert len(output.splitlines()) >= len(printed(page).splitlines())
+def test_commands_beside_python_exist():
+    """`make` and `pip` of the pages: the target and the extra are there."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    extras = re.findall(
+        r"^(\w+) ?=", (ROOT / "setup.cfg").read_text(encoding="utf-8").split("extras_require]")[1], re.M
+    )
+    for page in PAGES:
+        for words in (words for language, text in blocks(page) if language == "bash" for words in commands(text)):
+            if words[0] == "make":
+                assert words[1] in targets, f"{page}: {' '.join(words)}"
+            for extra in re.findall(r"\[([\w,]+)\]", " ".join(words) if words[0] == "pip" else ""):
+                assert set(extra.split(",")) <= set(extras), f"{page}: {' '.join(words)}"
 
 
 def test_write_your_own_method(tmp_path):
@@ -158,3 +277,23 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://", "mailto:")):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_the_site_is_built(tmp_path):
+    """`make docs`, offline: every warning is an error, and the reference holds every public name."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (the docs extra)")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    import coop_hf
+
+    reference = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "reference").rglob("*.html"))
+    for name in coop_hf.__all__:
+        if not name.startswith("_"):
+            module = getattr(coop_hf, name).__module__
+            assert f'id="{module}.{name}"' in reference, name
+    for page in tmp_path.rglob("*.html"):  # nothing of a page comes from elsewhere
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//[^"]*"', text), page
+        assert not re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(?:https?:)?//', text), page

@@ -65,8 +65,9 @@ class IVLPConfig(DeepTextConfig, method="ivlp"):
     """Configuration of one IVLP adapter; defaults as in MaPLe's code: two prompts in each tower, and "of a" stays.
 
     Args:
-        n_ctx (`int`, *optional*, defaults to 2), ctx_init (`str`, *optional*, defaults to `"a photo"`), fixed_words
-            (`str`, *optional*, defaults to `"of a"`): see [`DeepTextConfig`].
+        n_ctx (`int`, *optional*, defaults to 2): see [`DeepTextConfig`].
+        ctx_init (`str`, *optional*, defaults to `"a photo"`): see [`DeepTextConfig`].
+        fixed_words (`str`, *optional*, defaults to `"of a"`): see [`DeepTextConfig`].
         n_vision (`int`, *optional*, defaults to 2): visual prompts of a layer.
         vision_depth (`int`, *optional*, defaults to `depth`): layers with visual prompts.
     """

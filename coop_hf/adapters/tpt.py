@@ -82,9 +82,10 @@ def tpt(
         num_views (`int`, *optional*, defaults to 64): the plain view, and random resized crops, flipped in half of the
             cases.
         share (`float`, *optional*, defaults to 0.1): how many of the views are kept, those of the lowest entropy.
-        num_steps (`int`, *optional*, defaults to 1), learning_rate (`float`, *optional*, defaults to 5e-3),
-            weight_decay (`float`, *optional*, defaults to 0.01), adam_epsilon (`float`, *optional*, defaults to 1e-8):
-            of AdamW, which starts afresh for each image.
+        num_steps (`int`, *optional*, defaults to 1): of AdamW, which starts afresh for each image.
+        learning_rate (`float`, *optional*, defaults to 5e-3): of AdamW.
+        weight_decay (`float`, *optional*, defaults to 0.01): of AdamW.
+        adam_epsilon (`float`, *optional*, defaults to 1e-8): of AdamW.
         seed (`int`, *optional*, defaults to 0): of the crops. They are the same for every image, so that no answer
             depends on the images beside it.
         ctx_init (`str`, *optional*, defaults to `"a photo of a"`): words to start from while the adapter is disabled.
