@@ -4,6 +4,7 @@ Only names are replaced: OpenAI's models by the embedded one, a language model b
 takes a few steps. Commands on data that is not here are parsed: the script and every option exist, every value is one.
 """
 
+import ast
 import json
 import os
 import pickle
@@ -200,6 +201,15 @@ def check_draw(folder):
     assert {part: draw[part]["indices"] for part in draw} == {"train": [1, 4], "val": [0, 5]}
 
 
+def check_low_rank(folder):
+    config = json.loads((folder / "my-low-rank" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["method"] == "low_rank" and config["rank"] == 2
+    assert "30.0 shared" in (folder / "stdout.txt").read_text(encoding="utf-8")
+    # Where the module is not imported, the error says which method is missing.
+    with pytest.raises(ValueError, match="of the method 'low_rank', and coop_hf .* knows"):
+        CoOpModel.from_pretrained(folder / "my-low-rank", base_model=emoji_model_path())
+
+
 def check_original(folder):
     model = CoOpModel.from_pretrained(folder / "my-prompt")
     stored = torch.load(folder / CHECKPOINT / "prompt_learner" / "model.pth.tar-50", weights_only=True)
@@ -214,6 +224,7 @@ CHECK = {
     "docs/deploy.md": lambda folder: (folder / "classifier.onnx").is_file() and (folder / "merged").is_dir(),
     "docs/methods/cupl.md": lambda folder: len(json.loads((folder / "pets.json").read_text())) == 2,
     "docs/move_from_coop.md": check_original,
+    "docs/write_your_own_method.md": check_low_rank,
 }
 
 
@@ -262,16 +273,6 @@ def test_commands_beside_python_exist():
                 assert set(extra.split(",")) <= set(extras), f"{page}: {' '.join(words)}"
 
 
-def test_write_your_own_method(tmp_path):
-    output = run_pages(["docs/write_your_own_method.md"], tmp_path)
-    assert "30.0 shared" in output
-    config = json.loads((tmp_path / "my-low-rank" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["method"] == "low_rank" and config["rank"] == 2
-    # Where the module is not imported, the error says which method is missing.
-    with pytest.raises(ValueError, match="of the method 'low_rank', and coop_hf .* knows"):
-        CoOpModel.from_pretrained(tmp_path / "my-low-rank", base_model=emoji_model_path())
-
-
 def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
@@ -297,3 +298,19 @@ def test_the_site_is_built(tmp_path):
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//[^"]*"', text), page
         assert not re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(?:https?:)?//', text), page
+
+
+def test_errors_of_the_page_are_those_of_the_library():
+    """What "the error says" stands so in the code: a message that changes takes the page with it."""
+    texts = set()
+    for path in (ROOT / "coop_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.add("\0".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(node.value)
+    everything = "\n".join(texts)
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| the error says \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)
+    said = [row.split("|")[1].strip() for rows in tables for row in rows.splitlines()]
+    assert len(said) > 30 and not [words for words in said if words not in everything]
