@@ -11,14 +11,17 @@ Without arguments: the emoji images and the small emoji CLIP that come with the 
 import shlex
 import sys
 
+import datasets
 from transformers import HfArgumentParser
 
 from coop_hf.experiments.benchmark import BenchmarkArguments, benchmark, read_config
 from coop_hf.experiments.commands import run_command
-from coop_hf.experiments.report import write_report
+from coop_hf.experiments.estimates import estimate
+from coop_hf.experiments.report_files import write_report
 
 
 def main() -> None:
+    datasets.disable_progress_bars()
     parser = HfArgumentParser(BenchmarkArguments)
     config, data = parser.parse_known_args()[0].config, None
     if config is not None:
@@ -26,6 +29,9 @@ def main() -> None:
         data = values.pop("data", None)
         parser.set_defaults(**values)
     args = parser.parse_args_into_dataclasses()[0]
+    print(estimate(args, data))
+    if args.dry_run:
+        return
     results = benchmark(args, data, command=f"python {shlex.join(sys.argv)}")
     print(write_report(results, args.output_dir))
     if results["failed"]:

@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import datasets
@@ -14,11 +15,14 @@ import torch
 import yaml
 from conftest import COLOUR_NAMES, COLOUR_OPTIONS
 
+from coop_hf import CoOpModel
+from coop_hf.baselines import HAND_TEMPLATES
 from coop_hf.experiments import benchmark as b
-from coop_hf.experiments import processes, report, scoring, statistics
+from coop_hf.experiments import commands, estimates, processes, report, report_files, scoring, statistics
 from coop_hf.experiments.cells import CellError
 from coop_hf.experiments.methods import METHODS
 from coop_hf.experiments.tasks import draw_few_shot
+from coop_hf.training.arguments import RECIPES
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -295,7 +299,7 @@ def test_an_interrupted_run_is_completed_to_the_same_file(
     more["methods"] = ["zero_shot", "gda", "greedy", "cupl", "fails"]
     lines = []
     whole = b.benchmark(arguments(base_folder, colour_folder, tmp_path / "whole", **more), report=lines.append)
-    report.write_report(whole, str(tmp_path / "whole"))
+    report_files.write_report(whole, str(tmp_path / "whole"))
     assert "Validation: none, for all methods." in lines[0]
 
     def interrupt(line):
@@ -308,7 +312,7 @@ def test_an_interrupted_run_is_completed_to_the_same_file(
     again = []
     results = b.benchmark(args, report=again.append)
     assert 0 < sum("kept from an earlier run" in line for line in again) < len(results["cells"])
-    report.write_report(results, str(tmp_path / "parts"))
+    report_files.write_report(results, str(tmp_path / "parts"))
     files = [(tmp_path / name / "scores.csv").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1] and len(files[0].splitlines()) == 1 + 9 + 3
 
@@ -325,11 +329,64 @@ def test_an_interrupted_run_is_completed_to_the_same_file(
     }  # fmt: skip
     assert not any(cell["cell"]["method"] == "gda" for cell in whole["cells"] if "H" in cell["scores"])
     text = (tmp_path / "whole" / "benchmark.md").read_text()
-    assert "KeyError: 'nothing learned'" in text and "harmonic mean of means" in text
+    assert "KeyError: 'nothing learned'" in text and "H of means" in text
     (cell,) = report.cells_of(whole, protocol="few_shot", method="gda", shots=2, seed=1)
     mean = np.mean([e["scores"]["accuracy"] for e in report.cells_of(whole, method="gda", shots=2)])
     assert re.search(rf"\| GDA +\|.* {100 * mean:.1f} ± ", text) and cell["allowed"][-1].startswith("2 labelled")
     assert whole["data"]["colours, few_shot"]["images"] == {"train": 36, "validation": 24, "test": 48}
+
+
+def test_the_page_holds_all_and_needs_nothing_else(base_folder, colour_folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path / "cache"))
+    more = {"methods": ["zero_shot", "ensemble", "gda"], "protocols": ["few_shot", "base_to_new"]}
+    args = arguments(base_folder, colour_folder, tmp_path / "out", **more)
+    results = b.benchmark(args, report=lambda line: None, command="python examples/benchmark.py --shots 1 2")
+    printed = report_files.write_report(results, str(tmp_path / "out"))
+    page = (tmp_path / "out" / "benchmark.html").read_text(encoding="utf-8")
+    assert "benchmark.html" in printed and page == report_files.page(results)
+    # Curves, gains, calibration, differences of all classes at two numbers of shots; gains and differences of H.
+    assert page.count("<svg") == 3 + 2 + 2
+    links = set(re.findall(r'(?:href|src)="([^"]+)"', page)) - set(re.findall(r'href="(#[^"]+)"', page))
+    assert not links and "<script" not in page
+    anchors = re.findall(r'<a href="#([^"]+)"', page)
+    assert len(anchors) == 5 and all(f'id="{anchor}"' in page for anchor in anchors)
+
+    class Reader(HTMLParser):
+        depth, cells = [], []
+
+        def handle_starttag(self, tag, attrs):
+            if tag != "meta":
+                self.depth.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.depth.pop() == tag
+
+        def handle_startendtag(self, tag, attrs):
+            pass
+
+        def handle_data(self, data):
+            if self.depth and self.depth[-1] in ("td", "pre"):
+                self.cells.append(data)
+
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.depth
+    mean, std = statistics.mean_and_std(
+        [c["scores"]["accuracy"] for c in report.cells_of(results, method="gda", shots=2)]
+    )
+    assert report.percent(mean, std) in reader.cells
+    (gda,) = [d for name, d in report.compare(results, "few_shot", "accuracy", 2).items() if name == "gda"]
+    assert report.interval(gda, "over_draws") in reader.cells
+    assert all(name in reader.cells for name in COLOUR_NAMES) and results["command"] in reader.cells
+    assert str(results["data"]["colours, few_shot"]["fingerprint"]) in page
+    per_class = np.mean(
+        [c["details"]["accuracy"]["per_class"] for c in report.cells_of(results, method="gda", shots=2)], 0
+    )
+    place = reader.cells.index(COLOUR_NAMES[0], reader.cells.index(COLOUR_NAMES[0]))
+    assert reader.cells[place + 3] == f"{100 * per_class[0]:.0f}"
+    monkeypatch.setattr(report_files.report_plots, "has_matplotlib", lambda: False)
+    assert "There are no plots" in report_files.page(results)
 
 
 def test_arguments_come_from_yaml_and_the_command_line(tmp_path, monkeypatch, colour_folder):
@@ -379,6 +436,64 @@ def test_mistakes_end_in_one_line(given, message, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
     assert message in str(stop.value.code) and "\n" not in stop.value.code
+
+
+def test_an_estimate_fetches_nothing(base_folder, colour_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "_base", lambda name: (base_of(base_folder), "tiny", None))
+    args = arguments(base_folder, colour_folder, tmp_path / "out", protocols=["few_shot", "base_to_new"])
+    text = estimates.estimate(args)
+    assert re.search(r"\| colours +\| +6 \| +108 \| +nothing \| +6 \|", text)  # 1 + 4, and zero-shot in two halves
+    assert "6 cells, 2 at a time" in text and not (tmp_path / "out").exists()
+    data = [
+        {"dataset": "some/where", "classes": 10, "images": 100, "test_images": 50, "download_gb": 2.5},
+        {"dataset": "no/facts", "shifts": [{"dataset": "other/one", "images": 5, "download_gb": 1}]},
+    ]
+    text = estimates.estimate(replace(args, datasets=None), data)
+    assert "2.5 GB" in text and "without facts, of which too little is known" in text
+    assert "data 3.5 GB and 1 of unknown size, base 1 of unknown size" in text
+    rates = estimates.Rates(image=0.01, text=0.001, text_step=0.004, of="x")
+    coop, vpt = (
+        estimates.cell_seconds(name, METHODS[name], rates, 10, 4, 100, "fast") - estimates.PROCESS_SECONDS
+        for name in ("coop", "vpt")
+    )
+    steps = RECIPES["fast"]["max_steps"]
+    assert coop == pytest.approx(0.01 + steps * 0.04)
+    assert vpt == pytest.approx(0.01 + steps * (32 * 0.03 + 0.04) + 1.0)
+
+
+def base_of(folder):
+    return CoOpModel.from_pretrained(folder).get_base_model()
+
+
+@pytest.mark.parametrize("name", ["paper_benchmark.yaml", "paper_benchmark_hub.yaml"])
+def test_the_paper_s_data_sets_are_described(name, monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    values = b.read_config(str(EXAMPLES / name))
+    data = values.pop("data")
+    args = b.BenchmarkArguments(**values)
+    sources = b.read_sources(args, data)
+    b.check_arguments(args)
+    assert len(sources) == 11 and [len(source.shifts) for source in sources] == 10 * [0] + [4]
+    assert {s.name for s in sources} | {s.name for s in sources[-1].shifts} == set(HAND_TEMPLATES)
+    for source in (*sources, *sources[-1].shifts):
+        assert set(source.facts) == {"classes", "images", "test_images", "download_gb"}
+        given = (source.args.dataset is not None) + (source.args.coop_split is not None)
+        assert given == 1 and (source.args.coop_split or "/data").startswith("/data")
+
+
+def test_a_file_of_names_on_the_hub(monkeypatch, tmp_path):
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    asked = []
+
+    def download(repo, file, repo_type):
+        asked.append((repo, file, repo_type))
+        return str(tmp_path / "names.txt")
+
+    monkeypatch.setattr(commands, "hf_hub_download", download)
+    assert commands.read_class_names("hf://datasets/own/er/deep/names.txt") == ["a", "b"]
+    assert asked == [("own/er", "deep/names.txt", "dataset")]
+    with pytest.raises(ValueError, match="hf://datasets/OWNER/NAME/FILE"):
+        commands.read_class_names("hf://datasets/own/er")
 
 
 def test_duplicate_names_are_two_classes(base_folder, splits, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The arguments of the commands: what works in one works in all, and a mistake ends in one line."""
 
+import hashlib
 import json
 import random
 import runpy
@@ -13,6 +14,8 @@ from conftest import COLOUR_NAMES
 from coop_hf.data.few_shot import coop_few_shot_rows
 from coop_hf.data.sources import read_coop_split
 from coop_hf.experiments import commands
+from coop_hf.experiments.benchmark import BenchmarkArguments
+from coop_hf.experiments.benchmark import benchmark as benchmark_over
 from coop_hf.experiments.commands import DataArguments, ProtocolArguments, draw_train_and_test, load_splits, prepare
 from coop_hf.experiments.tasks import draw_few_shot, select_classes
 
@@ -136,8 +139,38 @@ def test_index_files_and_the_public_draw_in_protocols(folder, base_folder, tmp_p
         prepare(benchmark(folder, ProtocolArguments, few_shot_indices=file, shots=[1], seeds=[1, 2], **more))
 
 
+def test_the_benchmark_reads_what_the_others_read(folder, base_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COOP_HF_CACHE", str(tmp_path))
+    quiet = {"report": lambda line: None}
+    more = {"base_model": str(base_folder), "methods": ["zero_shot", "gda"], "processes": 1, "seeds": [2]}
+    more["output_dir"] = str(tmp_path / "out")
+    data = [
+        {"dataset": str(folder / "images"), "class_names_file": str(folder / "names.txt"), "data_title": "folder"},
+        {"coop_split": str(folder / "split_zhou_Colours.json"), "image_root": str(folder / "images"), "draw": "coop"},
+    ]
+    results = benchmark_over(BenchmarkArguments(shots=[2], **more), data, **quiet)
+    about = results["data"]["folder, few_shot"]
+    assert about["images"] == {"train": 72, "test": 18, "validation": 18} and len(results["cells"]) == 4
+    assert about["class_names"] == [f"{name} thing" for name in sorted(COLOUR_NAMES)]
+    about, split = results["data"]["Colours, few_shot"], read_coop_split(**{"path": data[1]["coop_split"], "image_root": data[1]["image_root"]})  # fmt: skip  # noqa: E501
+    drawn = coop_few_shot_rows(2, 2, split["train"]["label"][:], split["validation"]["label"][:])[0]
+    assert results["draws"]["Colours, few_shot"] == {"shots 2, seed 2": drawn}
+    file = folder / "split_zhou_Colours.json"
+    assert about["split_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert about["draw"] == "CoOp's code, random.seed(seed)"
+    (folder / "all_draws").mkdir()
+    name = "shot_2-seed_2.json"
+    entries = json.loads(file.read_text())["train"]
+    written = [{"impath": entries[i][0], "label": entries[i][1], "classname": entries[i][2]} for i in drawn]
+    (folder / "all_draws" / name).write_text(json.dumps({"train": {"indices": drawn, "data": written}}))
+    data[1] |= {"draw": "nested", "few_shot_indices": str(folder / "all_draws"), "data_title": "indices"}
+    again = benchmark_over(BenchmarkArguments(shots=[2], **more), data[1:], **quiet)
+    scores = [[cell["scores"] for cell in found["cells"]][-2:] for found in (results, again)]
+    assert scores[0] == scores[1] and list(again["data"]["indices, few_shot"]["indices_sha256"]) == [name]
+
+
 @pytest.mark.parametrize("script", ["train.py", "few_shot_curve.py", "base_to_new.py", "label_noise.py",
-                                    "ablations.py", "domain_generalization.py"])  # fmt: skip
+                                    "ablations.py", "domain_generalization.py", "benchmark.py"])  # fmt: skip
 @pytest.mark.parametrize(
     "arguments, message",
     [

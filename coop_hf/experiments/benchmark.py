@@ -224,6 +224,7 @@ def compute_cell(
         "fit_seconds": round(facts["fit_seconds"], 3),
         "image_ms": round(1000 * image_seconds, 4),
         "with_image_tower": facts["sees_images"],
+        "cpu_seconds": round(facts["cpu_seconds"], 2),
         "peak_memory_bytes": facts["peak_memory_bytes"],
         "peak_gpu_memory_bytes": facts["peak_gpu_memory_bytes"],
     }

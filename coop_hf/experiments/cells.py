@@ -191,6 +191,7 @@ def run_cells(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+    failed.sort(key=lambda entry: place[_key(entry)])
     wanted = [entry for entry in results["cells"] if _key(entry) in place]
     return {**results, "cells": wanted, **({"failed": failed} if failed else {})}
 

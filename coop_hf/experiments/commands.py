@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+from huggingface_hub import hf_hub_download
 
 from ..baselines import HAND_TEMPLATES, IMAGENET_7_TEMPLATES, read_prompts
 from ..data.few_shot import DRAWS, _check_column, coop_few_shot_rows, resolve_labels, sample_few_shot
@@ -119,7 +120,16 @@ class DataArguments:
 
 
 def read_class_names(path: str | os.PathLike) -> list[str]:
-    """The class names in a text file, one in each line; empty lines don't count."""
+    """The class names in a text file, one in each line; empty lines don't count.
+
+    Args:
+        path (`str` or `os.PathLike`): the file; one beside a data set on the Hub is `hf://datasets/OWNER/NAME/FILE`.
+    """
+    if str(path).startswith("hf://datasets/"):
+        parts = str(path).removeprefix("hf://datasets/").split("/", 2)
+        if len(parts) < 3:
+            raise ValueError(f"a file of names on the Hub is hf://datasets/OWNER/NAME/FILE, got {str(path)!r}.")
+        path = hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
     with open(path, encoding="utf-8") as file:
         return [line.strip() for line in file if line.strip()]
 

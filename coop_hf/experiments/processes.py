@@ -15,10 +15,14 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
+import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -42,6 +46,10 @@ __all__ = ["Place", "answer_elsewhere", "describe_methods", "read_methods"]
 IMAGES_AT_ONCE = 64  # test images in a message
 
 STOP_SECONDS = 20.0
+
+_THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+_STARTING = threading.Lock()
 
 
 @dataclass
@@ -92,6 +100,7 @@ def _serve(pipe: Connection, place: Place, name: str, draw: dict[str, Any] | Non
         method = read_methods(place.methods_file)[name]
         shots = None if draw is None else _unpack(draw)
         datasets.disable_progress_bars()
+        warnings.simplefilter("ignore", FutureWarning)  # of other libraries: cells are many, and say it each
         transformers.utils.logging.disable_progress_bar()
         model = CoOpModel.from_pretrained(place.base_model)
         if torch.cuda.is_available():
@@ -104,7 +113,8 @@ def _serve(pipe: Connection, place: Place, name: str, draw: dict[str, Any] | Non
             _tell(pipe, {"shape": list(logits.shape)})
             pipe.send_bytes(logits.numpy().tobytes())
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        _tell(pipe, {"peak_memory_bytes": _peak_memory(), "peak_gpu_memory_bytes": gpu})
+        cpu = time.process_time()
+        _tell(pipe, {"cpu_seconds": cpu, "peak_memory_bytes": _peak_memory(), "peak_gpu_memory_bytes": gpu})
     except (EOFError, BrokenPipeError, KeyboardInterrupt):  # who asked is gone
         pass
     except Exception as error:
@@ -153,12 +163,25 @@ def _unpack(draw: dict[str, Any]) -> FewShot:
 # ---------------------------------------------------------------------- in the process that asks
 
 
-def _context() -> Any:
-    """Processes that start from a server with the library imported, where there are such; else from nothing."""
+def _context(threads: int = 1) -> Any:
+    """Processes that start from a server with the library imported, where there are such; else from nothing.
+
+    Libraries read how many threads they may use when they are imported, so the server is told before it starts.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "coop_hf.experiments.processes"])
+    before = {name: os.environ.get(name) for name in _THREAD_LIMITS}
+    os.environ.update(dict.fromkeys(_THREAD_LIMITS, str(threads)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     return context
 
 
@@ -212,8 +235,8 @@ def answer_elsewhere(
 ) -> Iterator[tuple[dict[str, Any], Ask]]:
     """Lets a method learn in a process of its own; yields what `scoring.fit` says of it, and what asks it.
 
-    When the block ends the facts also hold `peak_memory_bytes` and `peak_gpu_memory_bytes` of the process, which is
-    over then.
+    When the block ends the facts also hold `cpu_seconds`, `peak_memory_bytes` and `peak_gpu_memory_bytes` of the
+    process, which is over then.
 
     Args:
         place ([`Place`]): base model, threads.
@@ -223,7 +246,8 @@ def answer_elsewhere(
     Raises:
         CellError: the method raised an error, or the process died.
     """
-    context = _context()
+    with _STARTING:
+        context = _context(place.threads)
     pipe, other = context.Pipe()
     draw = None if shots is None else _pack(shots)
     process = context.Process(target=_serve, args=(other, place, name, draw, options), daemon=True)

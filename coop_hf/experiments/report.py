@@ -1,20 +1,17 @@
 """The results of a comparison as JSON, CSV, Markdown and one HTML page, all from the same numbers."""
 
-import csv
-import io
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..atomic import write_atomically
 from .benchmark import GROUPS
 from .statistics import harmonic_means, mean_and_std, paired_difference
 
 
-__all__ = ["MARKS", "compare", "headline", "markdown", "summarise", "write_report"]
+Table = tuple[list[str], list[list[str]]]  # header and rows
+
+__all__ = ["MARKS", "compare", "headline", "markdown", "summarise"]
 
 # What stands behind a method's name in tables.
 MARKS = {
@@ -23,6 +20,9 @@ MARKS = {
     "unlabelled": "U",
     "test views": "V",
 }
+
+# What the protocols are called.
+KINDS = {"few_shot": "all classes", "base_to_new": "base to new classes"}
 
 LEGEND = (
     "T: further hand-written templates. S: sentences of a language model. U: training images without labels. "
@@ -45,7 +45,7 @@ def headline(test: str) -> str:
     )
 
 
-def _tests(cells: Iterable[dict]) -> list[str]:
+def tests_of(cells: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(test for cell in cells for test in cell["scores"]))
 
 
@@ -110,18 +110,6 @@ def compare(results: dict, protocol: str, test: str, shots: int, reference: str 
     return found
 
 
-def both_harmonic_means(results: dict) -> dict[str, tuple[float, float]]:
-    """Of each method over all data sets and draws: the mean of harmonic means, the harmonic mean of means."""
-    found = {}
-    for name in results["methods"]:
-        entries = cells_of(results, protocol="base_to_new", method=name)
-        keys = [(entry["cell"]["data"], entry["cell"]["seed"]) for entry in entries]
-        if entries:
-            base, new = ({k: e["scores"][part] for k, e in zip(keys, entries)} for part in ("base", "new"))
-            found[name] = harmonic_means(base, new)
-    return found
-
-
 # ---------------------------------------------------------------------- Markdown
 
 
@@ -167,7 +155,8 @@ def accuracy_rows(results: dict, protocol: str, data: str, test: str) -> tuple[l
     return shots or [0], {name: found[name] for name in results["methods"] if name in found}
 
 
-def _accuracy_table(results: dict, protocol: str, data: str, test: str) -> str:
+def accuracy_table(results: dict, protocol: str, data: str, test: str) -> Table:
+    """Accuracies over the number of shots, the methods in groups."""
     shots, found = accuracy_rows(results, protocol, data, test)
     rows = []
     for group, names in by_group(results, found):
@@ -175,10 +164,11 @@ def _accuracy_table(results: dict, protocol: str, data: str, test: str) -> str:
         for name in names:
             own = [found[name].get(k) or found[name].get(0) for k in shots]
             rows.append([title(results, name), *(percent(r["mean"], r["std"]) if r else "" for r in own)])
-    return table([f"{data}, {headline(test)}", *(f"{k} shot{'s' if k > 1 else ''}" for k in shots)], rows)
+    return [f"{data}, {headline(test)}", *map(count, shots)], rows
 
 
-def _cost_table(results: dict, protocol: str, data: str, test: str) -> str:
+def cost_table(results: dict, protocol: str, data: str, test: str) -> Table:
+    """Other measures, and costs, at the largest number of shots."""
     shots, found = accuracy_rows(results, protocol, data, test)
     rows = []
     for _, names in by_group(results, found):
@@ -196,7 +186,7 @@ def _cost_table(results: dict, protocol: str, data: str, test: str) -> str:
                 ]
             )  # fmt: skip
     header = [
-        f"{data}, {max(shots)} shots",
+        f"{data}, {count(max(shots))}",
         "macro-F1, %",
         "ECE, %",
         "training, s",
@@ -204,32 +194,51 @@ def _cost_table(results: dict, protocol: str, data: str, test: str) -> str:
         "peak, MiB",
         "values",
     ]
-    return table(header, rows)
+    return header, rows
 
 
-def _difference_table(results: dict, protocol: str, test: str, shots: int) -> str:
+def difference_table(results: dict, protocol: str, test: str, shots: int) -> Table:
+    """Paired differences to the reference, the largest first."""
     found = compare(results, protocol, test, shots)
     reference = results["methods"][results["settings"]["reference"]]["title"]
-    rows = [
-        [
-            title(results, name), f"{100 * d['mean']:+.1f}", interval(d, "over_draws"), interval(d, "over_data"),
-            str(d["pairs"]),
-        ]
-        for name, d in sorted(found.items(), key=lambda item: -item[1]["mean"])
-    ]  # fmt: skip
+    rows = []
+    for group, names in by_group(results, sorted(found, key=lambda name: -found[name]["mean"])):
+        rows.append([f"*{group}*", "", "", "", ""])
+        for name in names:
+            d = found[name]
+            points = [f"{100 * d['mean']:+.1f}", interval(d, "over_draws"), interval(d, "over_data")]
+            rows.append([title(results, name), *points, str(d["pairs"])])
     header = [
-        f"minus {reference}, {headline(test)}, {shots} shots",
+        f"minus {reference}, {headline(test)}, {count(shots)}",
         "points",
         "95 % over draws",
         "95 % over data sets",
         "pairs",
     ]
-    return table(header, rows)
+    return header, rows
+
+
+def harmonic_table(results: dict) -> Table | None:
+    """Both means of base-to-new, if it was run."""
+    found = {}
+    for name in results["methods"]:
+        entries = cells_of(results, protocol="base_to_new", method=name)
+        keys = [(entry["cell"]["data"], entry["cell"]["seed"]) for entry in entries]
+        if entries:
+            base, new = ({k: e["scores"][part] for k, e in zip(keys, entries)} for part in ("base", "new"))
+            found[name] = harmonic_means(base, new)
+    rows = [[title(results, name), percent(first), percent(second)] for name, (first, second) in found.items()]
+    return (["base to new, all data sets and draws", "mean of H", "H of means"], rows) if rows else None
 
 
 def pairs(results: dict) -> list[tuple[str, str]]:
     """Protocols and data sets that have cells, in order."""
     return list(dict.fromkeys((entry["cell"]["protocol"], entry["cell"]["data"]) for entry in results["cells"]))
+
+
+def count(shots: int) -> str:
+    """`1 shot`, `4 shots`."""
+    return f"{shots} shot{'' if shots == 1 else 's'}"
 
 
 def shots_of(results: dict, protocol: str) -> list[int]:
@@ -262,19 +271,18 @@ def markdown(results: dict) -> str:
     """All tables."""
     parts = ["# Comparison", *conditions(results)]
     for protocol, data in pairs(results):
-        parts.append(f"## {data}, {protocol}")
-        tests = _tests(cells_of(results, protocol=protocol, data=data))
-        parts += [_accuracy_table(results, protocol, data, test) for test in tests]
-        parts.append(_cost_table(results, protocol, data, tests[0]))
+        parts.append(f"## {data}, {KINDS[protocol]}")
+        tests = tests_of(cells_of(results, protocol=protocol, data=data))
+        parts += [table(*accuracy_table(results, protocol, data, test)) for test in tests]
+        parts.append(table(*cost_table(results, protocol, data, tests[0])))
     for protocol in dict.fromkeys(protocol for protocol, _ in pairs(results)):
         sets = [data for own, data in pairs(results) if own == protocol]
-        parts.append(f"## Differences, {protocol}, mean over {', '.join(sets)}")
-        parts += [_difference_table(results, protocol, main_test(protocol), k) for k in shots_of(results, protocol)]
-    means = both_harmonic_means(results)
+        parts.append(f"## Differences, {KINDS[protocol]}, mean over {', '.join(sets)}")
+        for shots in shots_of(results, protocol):
+            parts.append(table(*difference_table(results, protocol, main_test(protocol), shots)))
+    means = harmonic_table(results)
     if means:
-        rows = [[title(results, name), percent(first), percent(second)] for name, (first, second) in means.items()]
-        header = ["base to new, all data sets and draws", "mean of harmonic means", "harmonic mean of means"]
-        parts += ["## Harmonic means", table(header, rows)]
+        parts += ["## Harmonic means H, of base and new classes", table(*means)]
     if results["failed"]:
         parts.append(
             "## Failed\n\n" + "\n".join(f"- {f['data']}, {f['cell']}: {f['error']}" for f in results["failed"])
@@ -282,63 +290,3 @@ def markdown(results: dict) -> str:
     if results["command"]:
         parts.append(f"## Command\n\n```bash\n{results['command']}\n```")
     return "\n\n".join(parts) + "\n"
-
-
-# ---------------------------------------------------------------------- files
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def scores_csv(results: dict) -> str:
-    """One row for each cell and test, nothing in it that another run of the same cells would change."""
-    header = ["protocol", "data", "test", "method", "shots", "seed", "accuracy", "macro_f1", "ece"]
-    rows = []
-    for entry in results["cells"]:
-        cell = entry["cell"]
-        for test, accuracy in entry["scores"].items():
-            found = entry["details"].get(test, {})
-            key = [cell["protocol"], cell["data"], test, cell["method"], cell["shots"], cell["seed"]]
-            rows.append([*key, round(accuracy, 6), found.get("macro_f1", ""), found.get("ece", "")])
-    return _csv(header, rows)
-
-
-def costs_csv(results: dict) -> str:
-    """One row for each cell: time and memory."""
-    keys = ["fit_seconds", "image_ms", "with_image_tower", "peak_memory_bytes", "peak_gpu_memory_bytes"]
-    names = ["protocol", "data", "method", "shots", "seed"]
-    rows = [
-        [*(entry["cell"][name] for name in names), *(entry["cost"][key] for key in keys), entry["learned_values"]]
-        for entry in results["cells"]
-    ]
-    return _csv([*names, *keys, "learned_values"], rows)
-
-
-def write_report(results: dict, folder: str) -> str:
-    """Writes all files of a comparison.
-
-    Args:
-        results (`dict`): as `benchmark` returns it.
-        folder (`str`): where; made if missing.
-
-    Returns:
-        `str`: what to tell the user: the tables of differences, and the files.
-    """
-    os.makedirs(folder, exist_ok=True)
-    texts: dict[str, Callable[[], str]] = {
-        "benchmark.json": lambda: json.dumps(results, indent=1, ensure_ascii=False) + "\n",
-        "scores.csv": lambda: scores_csv(results),
-        "costs.csv": lambda: costs_csv(results),
-        "benchmark.md": lambda: markdown(results),
-    }
-    for name, text in texts.items():
-        with write_atomically(os.path.join(folder, name)) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text())
-    shown = [_accuracy_table(results, protocol, data, main_test(protocol)) for protocol, data in pairs(results)]
-    return "\n" + "\n\n".join(shown) + f"\n\nWritten to {folder}: {', '.join(texts)}"
