@@ -461,6 +461,17 @@ def test_an_estimate_fetches_nothing(base_folder, colour_folder, tmp_path, monke
     assert vpt == pytest.approx(0.01 + steps * (32 * 0.03 + 0.04) + 1.0)
 
 
+def test_groups_of_methods():
+    def chosen(*names):
+        return list(b.check_arguments(b.BenchmarkArguments(methods=list(names))))
+
+    assert chosen("all") == list(METHODS)
+    image_tower = {"tpt", "vpt", "ivlp", "maple", "promptsrc", "clip_lora"}
+    assert set(METHODS) - set(chosen("cached")) == image_tower
+    assert chosen("gda", "zero_shot", "gda") == ["gda", "zero_shot"]
+    assert set(chosen("cached", "vpt")) == set(chosen("cached")) | {"vpt"}
+
+
 def base_of(folder):
     return CoOpModel.from_pretrained(folder).get_base_model()
 

@@ -47,7 +47,8 @@ class BenchmarkArguments(ProtocolArguments):
         metadata={"help": "Data sets: styles of the embedded emoji, folders, Hub ids, split_zhou_*.json files."},
     )
     methods: list[str] | None = field(
-        default_factory=lambda: list(DEFAULT_METHODS), metadata={"help": "Names of methods, or all."}
+        default_factory=lambda: list(DEFAULT_METHODS),
+        metadata={"help": "Names of methods; all; cached: those that learn from embeddings."},
     )
     methods_file: str | None = field(
         default=None, metadata={"help": "Python file that sets METHODS = {name: Method}, for methods of your own."}
@@ -167,7 +168,9 @@ def check_arguments(args: BenchmarkArguments) -> dict[str, Method]:
         ValueError: an unknown method, protocol or validation, or a reference that is not compared.
     """
     known = describe_methods(args.methods_file)
-    chosen = list(known) if args.methods in (None, ["all"]) else list(dict.fromkeys(args.methods or []))
+    groups = {"all": list(known), "cached": [name for name, method in known.items() if not method.sees_images]}
+    asked = args.methods or ["all"]
+    chosen = list(dict.fromkeys(name for given in asked for name in groups.get(given, [given])))
     methods = {name: look_up(known, name, "method") for name in chosen}
     unknown = [name for name in args.protocols if name not in PROTOCOLS]
     if unknown or not args.protocols:
