@@ -37,13 +37,14 @@ def _read_class_file(path: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m coop_hf.coop_checkpoint",
-        description="Turns a checkpoint of the public code of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, VPT, IVLP, "
-        "PromptSRC or TCP into an adapter of coop_hf.",
-    )
+DESCRIPTION = (
+    "Turns a checkpoint of the public code of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, VPT, IVLP, PromptSRC or TCP into "
+    "an adapter of coop_hf."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     parser.add_argument("checkpoint", help="model.pth.tar-<epoch>, or the folder of the training's output")
     parser.add_argument("output", help="folder for the adapter")
     parser.add_argument("--base_model", required=True, help="the CLIP model it was learned on: Hub id or folder")
@@ -54,31 +55,51 @@ def main(arguments: list[str] | None = None) -> int:
         "--template", help="hand-written prompt of the training; TCP's and VPT's class embeddings need it"
     )
     parser.add_argument("--epoch", type=int, help="take model.pth.tar-<epoch> of the folder")
-    options = parser.parse_args(arguments)
-    try:
-        names = _read_class_file(options.class_names) if options.class_names else None
-        with contextlib.redirect_stdout(sys.stderr):
-            model = from_coop_checkpoint(
-                options.checkpoint,
-                options.base_model,
-                names,
-                options.class_token_position,
-                template=options.template,
-                epoch=options.epoch,
-                **({"revision": options.revision} if options.revision else {}),
-            )
-        model.save_pretrained(options.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+
+def convert(options: argparse.Namespace) -> CoOpModel:
+    """Reads the checkpoint that the arguments name, and saves the adapter.
+
+    Raises:
+        ValueError, OSError: the checkpoint is unusable, was learned on another base, or does not go with the names.
+    """
+    names = _read_class_file(options.class_names) if options.class_names else None
+    with contextlib.redirect_stdout(sys.stderr):
+        model = from_coop_checkpoint(
+            options.checkpoint,
+            options.base_model,
+            names,
+            options.class_token_position,
+            template=options.template,
+            epoch=options.epoch,
+            **({"revision": options.revision} if options.revision else {}),
+        )
+    model.save_pretrained(options.output)
+    return model
+
+
+def describe(model: CoOpModel) -> str:
+    """What was in the checkpoint, in a line."""
     if model.config.method == "coop":
         kind = "class-specific" if model.config.class_specific else "unified"
         what = f"{kind} context, {model.config.n_ctx} vectors of {model.context.shape[-1]}"
     else:
         count = sum(value.numel() for value in model.adapter.learned_state().values())
         what = f"adapter of the method {model.config.method!r}, {count:,} values"
-    classes = f"{len(model.class_names)} classes" if model.class_names else "no class names"
-    print(f"{options.output}: {what}, {classes}")
+    return f"{what}, {f'{len(model.class_names)} classes' if model.class_names else 'no class names'}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m coop_hf.coop_checkpoint", description=DESCRIPTION)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        model = convert(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output}: {describe(model)}")
     return 0
 
 

@@ -411,7 +411,8 @@ def _embed(
         bar.update(len(features))
         return features
 
-    with tqdm(total=len(pairs), desc="Image embeddings", unit="img", disable=not progress or not pairs) as bar:
+    shown: dict[str, Any] = {"desc": "Embedding images", "unit": "image", "leave": False, "dynamic_ncols": True}
+    with tqdm(total=len(pairs), disable=not progress or not pairs, **shown) as bar:
         before = None  # fetched when the next batch is on its way, so that a GPU does not wait for the CPU
         for batch in loader:
             inputs = dict(batch) if isinstance(batch, dict) else {"pixel_values": batch}

@@ -39,20 +39,26 @@ __all__ = [
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], name: str | None = None) -> None:
     """Runs a command; a user's mistake ends it with one line on stderr and no traceback.
 
     A mistake is an `OSError`, such as a file that is missing, or an error that coop_hf itself raises. Whatever else
     goes wrong keeps its traceback.
+
+    Args:
+        main (`Callable`): the command.
+        name (`str`, *optional*, defaults to the script's): what the line starts with.
     """
     try:
         main()
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except BrokenPipeError:  # whoever read the output has seen enough; no mistake
+        raise
+    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         raised_in = os.path.realpath(traceback.extract_tb(error.__traceback__)[-1].filename)
         own = (_PACKAGE, os.path.realpath(sys.argv[0]))
         if not isinstance(error, OSError) and not raised_in.startswith(own):
             raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+        sys.exit(f"{name or os.path.basename(sys.argv[0])}: {error}")
 
 
 # ---------------------------------------------------------------------- data

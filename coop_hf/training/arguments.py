@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from .objectives import get_objective, scaled_class_weights
 from .optimizers import TensorAdam
+from .processes import prepare_processes
 
 
 __all__ = [
@@ -264,6 +265,7 @@ class CoOpTrainingArguments(TrainingArguments):
         self.steps_by_epoch = self.lr_scheduler_type is None and self.recipe == "paper"
         if self.lr_scheduler_type is None:
             self.lr_scheduler_type = "cosine"
+        prepare_processes(self)
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin memory for

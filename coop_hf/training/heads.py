@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PrinterCallback
 
 from ..adapters.heads import Head
 from ..data.feature_cache import EmbeddedImages
 from ..modeling import CoOpModel
 from .arguments import CoOpTrainingArguments
+from .screen import TrainingScreen
 from .trainer import CoOpTrainer
 
 
@@ -93,6 +93,6 @@ def fit_head(
             quiet = {"output_dir": folder, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
             args = CoOpTrainingArguments(**{**quiet, **recipe, **arguments})
             trainer = CoOpTrainer(model, args, train_dataset=EmbeddedImages(image_embeds, labels))
-            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(TrainingScreen)
             trainer.train()
     return {} if val_image_embeds is None else head.search(val_image_embeds, torch.as_tensor(np.asarray(val_labels)))

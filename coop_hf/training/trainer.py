@@ -29,9 +29,10 @@ from ..files.publish import push_to_hub
 from ..modeling import CoOpModel, CoOpOutput
 from . import checkpoints
 from .arguments import PAPER_WARMUP_LR, VARIANTS, CoOpTrainingArguments
-from .epochs import FROZEN_IMAGE_EMBEDS, EpochCallback, Epochs, GaussianAverage, epoch_cosine
+from .epochs import FROZEN_IMAGE_EMBEDS, Epochs, GaussianAverage, epoch_cosine
 from .metrics import make_compute_metrics
 from .objectives import Frozen, cross_entropy, sigmoid
+from .screen import add_callbacks
 
 
 __all__ = ["CoOpTrainer"]
@@ -134,7 +135,7 @@ class CoOpTrainer(Trainer):
             **kwargs,
         )
         model.text_parallel = args.world_size > 1 and model.text_pass == "shared"
-        self.add_callback(EpochCallback(self))
+        add_callbacks(self)
 
     # ------------------------------------------------------------------ data
 
