@@ -376,6 +376,29 @@ def test_learn_refuses_a_template_without_a_place(shelf, found, tmp_path):
         learn.learn(shelf.models["one-for-all"], train, test, tmp_path, template="an emoji")
 
 
+def test_learning_and_asking_at_once(shelf, picture, found, tmp_path):
+    """While one visitor's prompt is learned, others get the answers that they got before, and the base stays."""
+    model = shelf.models["one-for-all"]
+    before = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
+    alone = ask(shelf, "one-for-all", picture, "cat, heart")
+    train, test, _ = split_images(found({"red thing": 6, "blue thing": 6}))
+    told = []
+    with ThreadPoolExecutor(1) as pool:
+        learning = pool.submit(
+            learn.learn, model, train, test, tmp_path, TEMPLATE, True, tell=lambda share, text: told.append(share)
+        )
+        answers_meanwhile = []
+        while not learning.done():
+            answers_meanwhile.append(ask(shelf, "one-for-all", picture, "cat, heart"))
+    got = learning.result()
+    assert len(answers_meanwhile) > 3 and all(same(a.learned, alone.learned) for a in answers_meanwhile)
+    assert all(same(a.template, alone.template) for a in answers_meanwhile)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.base_model.state_dict().items())
+    assert told == sorted(told) and told[-1] == 1 and len(told) > 10
+    assert got.model.context.shape[0] == 2 and got.model.adapter.is_class_bound
+    assert (got.num_train, got.num_test) == (10, 2) and os.path.getsize(got.archive) > 1000
+
+
 # ---------------------------------------------------------------------- the Space
 
 
