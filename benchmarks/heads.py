@@ -7,6 +7,8 @@ published, `stand_in` (see the data's README: it has been fitted on every second
 the others) and `means`, the normalised mean of the shots of each class, which knows nothing else. ImageNet has four
 images a class: shots (1 and 3) are drawn from three, and the fourth is the test; each draw leaves out another one.
 
+`--output` is written after every cell; a second run with the same file computes what it lacks.
+
 Hyperparameters are the published ones, the same everywhere. A name with `+val` chooses from the method's published
 grid on min(shots, 4) validation images of each class; so does the linear probe. Nothing is chosen on test images.
 """
@@ -23,12 +25,14 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, set_seed
 
 from coop_hf import CoOpConfig, CoOpModel
+from coop_hf.atomic import write_atomically
 from coop_hf.config import CONFIGS
 from coop_hf.training.heads import fit_head
 
 
 HEADS = ["tip_adapter", "tip_adapter_f", "taskres", "clip_adapter", "zs_lp", "clap", "lp_plus_plus", "gda"]
 METHODS = ["zero_shot", *HEADS, "tip_adapter+val", "tip_adapter_f+val", "gda+val", "linear_probe"]
+KEYS = ("data", "text", "shots", "draw", "method")
 DATA_SETS = ["caltech101", "dtd", "oxford_pets", "imagenet"]
 
 
@@ -137,12 +141,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--text", nargs="+", default=["stand_in"], choices=["stand_in", "means"])
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--output", help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
 
     base = CLIPModel.from_pretrained(args.data / "student_clip", dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(args.data / "clip_tokenizer")
     cells = []
+    if args.output and args.output.exists():
+        cells = json.loads(args.output.read_text(encoding="utf-8"))["cells"]
+    done = {tuple(cell[key] for key in KEYS) for cell in cells}
     for name in args.sets:
         data = read(args.data, name)
         names = [str(n) for n in data["classnames"]] if name != "imagenet" else [f"class {i}" for i in range(1000)]
@@ -160,13 +167,23 @@ def main() -> None:
                     for method in args.methods:
                         if val is None and (method.endswith("+val") or method == "linear_probe"):
                             continue
+                        if (name, text, shots, index + 1, method) in done:
+                            continue
                         cell = run(method, base, tokenizer, names, t0, train, val, test, index + 1)
                         cells.append({"data": name, "text": text, "shots": shots, "draw": index + 1, **cell})
                         print(json.dumps(cells[-1]), flush=True)
+                        if args.output:
+                            write(args.output, cells)
+    print(json.dumps({"benchmark": "heads", "machine": machine(), "summary": summarise(cells)}, indent=2))
+
+
+def write(path: Path, cells: list[dict]) -> None:
+    """All that is known so far, as a whole file; a line for each cell."""
     result = {"benchmark": "heads", "machine": machine(), "summary": summarise(cells), "cells": cells}
-    print(json.dumps({key: result[key] for key in ("benchmark", "machine", "summary")}, indent=2))
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    head = json.dumps({key: result[key] for key in ("benchmark", "machine", "summary")}, indent=1)
+    lines = ",\n  ".join(json.dumps(cell) for cell in cells)
+    with write_atomically(path) as temporary:
+        Path(temporary).write_text(f'{head[:-2]},\n "cells": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

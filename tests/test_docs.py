@@ -98,6 +98,9 @@ def images(tmp_path_factory):
         emoji[row]["image"].save(place / f"{row}.png")
     for row, name in enumerate(("cat.jpg", "a.jpg", "b.jpg", "image.jpg")):
         emoji[row]["image"].convert("RGB").save(folder / name)
+    (folder / "examples").mkdir()
+    for file in (ROOT / "examples").glob("*.yaml"):  # named from the root of a clone
+        shutil.copy(file, folder / "examples")
     return folder
 
 
