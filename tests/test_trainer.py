@@ -895,14 +895,6 @@ def test_what_would_learn_outside_the_adapter_is_refused(base, processor, tmp_pa
         base.logit_scale.requires_grad_(False)
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard"])
-def test_trackers_take_the_configuration(base, processor, tmp_path, tracker, monkeypatch):
-    pytest.importorskip(tracker)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    trained(make_model(base, processor), tmp_path, embedded(), max_steps=2, report_to=tracker)
-    assert list((tmp_path / "logs").rglob("events.*"))
-
-
 def test_the_configuration_as_trackers_ask_for_it(base, processor):
     config = make_model(base, processor).config
     config.use_cache = False  # transformers.Trainer sets it on any model's configuration

@@ -3,11 +3,13 @@
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from hub_server import HubServer
 from test_hub import set_endpoint
 from test_trainer import CHECKPOINT_FILES, NAMES, arguments, embedded, make_model
 
 from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer
+from coop_hf.hub import REQUEST_SECONDS
 
 
 @pytest.fixture
@@ -87,3 +89,36 @@ def test_a_failing_hub_does_not_stop_training(hub, base, processor, tmp_path, mo
     trainer.train()
     assert trainer.state.global_step == 4
     assert (tmp_path / "out" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+def test_what_push_to_hub_is_told_reaches_the_card(hub, base, processor, tmp_path):
+    _, trainer = train(hub, base, processor, tmp_path, "end", max_steps=1)
+    trainer.push_to_hub(tags=["garden"], license="mit", language="en", dataset_name="Flowers 102")
+    card = hub.files("ada/prompt")["README.md"].decode()
+    values = yaml.safe_load(card.split("---\n")[1])
+    assert values["license"] == "mit" and values["language"] == ["en"] and "garden" in values["tags"]
+    assert "`Flowers 102`" in card
+    with open(tmp_path / "out" / "README.md") as file:
+        assert yaml.safe_load(file.read().split("---\n")[1])["license"] == "mit", "the card on this machine, too"
+
+
+def test_a_background_push_has_a_time_out_and_no_local_path(hub, base, base_folder, processor, tmp_path, monkeypatch):
+    model, trainer = train(hub, base, processor, tmp_path, "checkpoint")
+    model.config.base_model_name_or_path = str(base_folder)
+    limits = []
+    commit = huggingface_hub.HfApi.create_commit
+
+    def watched(self, *args, **kwargs):
+        limits.append(huggingface_hub.get_session().timeout.read)
+        return commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", watched)
+    with pytest.warns(UserWarning, match="is a folder on this machine"):
+        trainer.train()
+    trainer._finish_current_push()
+    assert limits and set(limits) == {REQUEST_SECONDS}
+    assert huggingface_hub.get_session().timeout.read is None, "and nothing else has it"
+    files = hub.files("ada/prompt")
+    assert "last-checkpoint/adapter_config.json" in files
+    assert not [path for path, data in files.items() if str(base_folder).encode() in data]
+    assert str(base_folder) in (tmp_path / "out" / "checkpoint-4" / "adapter_config.json").read_text()

@@ -7,6 +7,7 @@ optimizer states find their parameters again.
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -25,6 +26,8 @@ from transformers.utils import logging
 from ..atomic import save_tensors
 from ..checks import shown
 from ..files.adapter_files import read_adapter, write_adapter
+from ..files.publish import without_local_bases
+from ..hub import bounded_waits
 
 
 __all__ = [
@@ -269,13 +272,18 @@ def sweep(run_dir: str) -> None:
 def push(folder: str, strategy: HubStrategy, repo_id: str, token: str | None, revision: str | None) -> Future:
     """Pushes a checkpoint in the background: the adapter, and with it the whole, as `strategy` says.
 
-    What is sent is read now: the folder may be gone before. A push that fails is told, and does not stop the training.
+    What is sent is read now: the folder may be gone before. The name of a base on this machine is left out. A push
+    that fails, or that nobody answers (see `coop_hf.hub.bounded_waits`), is told and does not stop the training.
     """
     files = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(root, name), "rb") as file:
-                files[os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/")] = file.read()
+    with tempfile.TemporaryDirectory(prefix="coop_hf_push_") as place:
+        copy = os.path.join(place, "checkpoint")
+        shutil.copytree(folder, copy)
+        without_local_bases(copy)
+        for root, _, names in os.walk(copy):
+            for name in names:
+                with open(os.path.join(root, name), "rb") as file:
+                    files[os.path.relpath(os.path.join(root, name), copy).replace(os.sep, "/")] = file.read()
     sent = {path: content for path, content in files.items() if os.path.basename(path).startswith("adapter_")}
     if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else os.path.basename(folder)
@@ -286,7 +294,8 @@ def push(folder: str, strategy: HubStrategy, repo_id: str, token: str | None, re
     def commit() -> CommitInfo | None:
         try:
             message = f"Training in progress, {os.path.basename(folder)}"
-            return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+            with bounded_waits():
+                return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
         except Exception as error:
             logger.warning("%s was not pushed (%s); it is whole on this machine.", folder, error)
             return None

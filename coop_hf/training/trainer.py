@@ -5,29 +5,24 @@ and files (an adapter and the state of its training instead of a model). The tra
 """
 
 import math
-import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import align_module_device
-from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import Trainer
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, set_seed
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
 from ..data.feature_cache import EmbeddedImages, embed_images
 from ..data.few_shot import check_labels, class_counts
 from ..data.labelled_images import LabelledImages, collate, is_prepared
-from ..files.model_card import write_card
-from ..files.publish import push_to_hub
 from ..modeling import CoOpModel, CoOpOutput
 from . import checkpoints
+from .adapter_trainer import AdapterTrainer
 from .arguments import PAPER_WARMUP_LR, VARIANTS, CoOpTrainingArguments
 from .epochs import FROZEN_IMAGE_EMBEDS, Epochs, GaussianAverage, epoch_cosine
 from .metrics import make_compute_metrics
@@ -40,7 +35,7 @@ __all__ = ["CoOpTrainer"]
 logger = logging.get_logger(__name__)
 
 
-class CoOpTrainer(Trainer):
+class CoOpTrainer(AdapterTrainer):
     """Trains the active adapter of a [`CoOpModel`].
 
     Args:
@@ -52,6 +47,9 @@ class CoOpTrainer(Trainer):
             `(projection_dim,)` and `labels`, such as [`LabelledImages`] or [`EmbeddedImages`].
         eval_dataset (the same, or a `dict` of them, *optional*): what `evaluate()` measures.
         compute_metrics (`Callable`, *optional*): defaults to accuracy and macro-F1.
+        model_init (`Callable`, *optional*): instead of `model`, what makes a fresh one: `model_init()` or
+            `model_init(trial)`, whose `trial` is `None` outside of `hyperparameter_search`. Let all models share one
+            loaded base: then the images are embedded once.
         kwargs: as for `transformers.Trainer`.
 
     Attributes:
@@ -71,13 +69,28 @@ class CoOpTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         compute_metrics: Callable | None = None,
+        model_init: Callable | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(model, CoOpModel):
-            raise TypeError(f"CoOpTrainer trains a CoOpModel, got {type(model).__name__}.")
         args = CoOpTrainingArguments("coop_output") if args is None else args
         if not isinstance(args, CoOpTrainingArguments):
             raise TypeError(f"`args` must be CoOpTrainingArguments, got {type(args).__name__}.")
+        if model_init is not None:
+            if model is not None:
+                raise ValueError("pass either `model` or `model_init`, not both.")
+            set_seed(args.seed)
+            self.model_init = model_init
+            try:
+                model = super().call_model_init()
+            except AttributeError as error:
+                if "'NoneType'" not in str(error):
+                    raise
+                raise TypeError(
+                    f"`model_init` is first called with trial=None, outside of a search ({error}): let it make a "
+                    "model then, too, as in `n_ctx = trial.suggest_int(...) if trial else 4`."
+                ) from error
+        if not isinstance(model, CoOpModel):
+            raise TypeError(f"CoOpTrainer trains a CoOpModel, got {type(model).__name__}.")
         if args.fsdp or args.deepspeed:
             raise ValueError("FSDP and DeepSpeed shard weights, and a context is a few kilobytes: train without them.")
         if train_dataset is not None:
@@ -85,8 +98,6 @@ class CoOpTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("One process uses one GPU. For all of them: torchrun --nproc_per_node %d ...", args.n_gpu)
             args._n_gpu = 1
-        if args.text_chunk_size is not None:
-            model.text_chunk_size = args.text_chunk_size
         self._image_options: dict[str, Any] = {
             "image_column": args.image_column,
             "label_column": args.label_column,
@@ -101,31 +112,25 @@ class CoOpTrainer(Trainer):
         self._kept: dict = {}  # for all batches
         self.epochs: Epochs | None = None
         self.average: GaussianAverage | None = None
-        # An adapter that changes the image tower needs the pixels at every step.
-        self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
-        counts = None
-        given = (_embedding_size(model), model.config.method, self._is_cached)
+        self._base: Any = None
+        self._chooses_optimizer = kwargs.get("optimizer_cls_and_kwargs") is None
+        self._counts: np.ndarray | None = None
         if train_dataset is not None:
             augment = args.recipe == "paper" if args.augment is None else args.augment
             train_dataset = self._as_images(train_dataset, model, augment=augment)
-            counts = class_counts(train_dataset, model.class_names or [])
-            args.complete(len(train_dataset), int(counts.max()), len(counts), *given)
-            _check_objective(args, self._is_cached)
-        elif args.per_device_train_batch_size is None:
-            args.complete(1, 1, 1, *given)
-        self.objective = args.get_objective(counts)
+            self._counts = class_counts(train_dataset, model.class_names or [])
+        self._complete(model, args, 1 if train_dataset is None else len(train_dataset))
         if isinstance(eval_dataset, dict) and not hasattr(eval_dataset, "set_epoch"):
             eval_dataset = {name: self._as_images(part, model) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._as_images(eval_dataset, model)
         if model.class_names is None:
             raise ValueError("the model has no class names: pass `class_names=` when it is made.")
+        self._class_names = list(model.class_names)
         kwargs.setdefault("data_collator", _collate)
         kwargs.setdefault("compute_loss_func", self._mean_loss)
-        if args.variant is not None:
-            betas = (args.adam_beta1, args.adam_beta2)
-            options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-            kwargs.setdefault("optimizer_cls_and_kwargs", (VARIANTS[args.variant][0], options))
+        if self._chooses_optimizer:
+            kwargs["optimizer_cls_and_kwargs"] = self.optimizer_cls_and_kwargs
         super().__init__(
             model=model,
             args=args,
@@ -134,8 +139,68 @@ class CoOpTrainer(Trainer):
             compute_metrics=compute_metrics or make_compute_metrics(model.class_names),
             **kwargs,
         )
-        model.text_parallel = args.world_size > 1 and model.text_pass == "shared"
+        self.model_init = model_init  # type: ignore[assignment]
+        self._take(model)
         add_callbacks(self)
+
+    # ------------------------------------------------------------------ models and arguments
+
+    def call_model_init(self, trial: Any = None) -> CoOpModel:
+        """As of `transformers.Trainer`; the model is checked and takes the arguments that concern it."""
+        model = super().call_model_init(trial)
+        if not isinstance(model, CoOpModel):
+            raise TypeError(f"`model_init` must return a CoOpModel, got {type(model).__name__}.")
+        if model.class_names is None:
+            model.set_class_names(self._class_names)
+        if model.class_names != self._class_names:
+            raise ValueError(
+                "`model_init` returned a model of other classes, or in another order, than the first time: labels "
+                "would mean something else."
+            )
+        self._take(model)
+        return model
+
+    def _take(self, model: CoOpModel) -> None:
+        """Gives a model what the arguments say of it."""
+        args = self.args
+        if args.text_chunk_size is not None:
+            model.text_chunk_size = args.text_chunk_size
+        model.text_parallel = args.world_size > 1 and model.text_pass == "shared"
+        if self._base is not None and self._base() is not model.base_model:
+            self._embedded.clear()
+        self._base = weakref.ref(model.base_model)
+
+    def _complete(self, model: CoOpModel, args: CoOpTrainingArguments, num_images: int) -> None:
+        """Fills in what the arguments leave to the method, and takes the objective and the optimizer from them."""
+        # An adapter that changes the image tower needs the pixels at every step.
+        self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
+        given = (_embedding_size(model), model.config.method, self._is_cached)
+        if self._counts is not None:
+            args.complete(num_images, int(self._counts.max()), len(self._counts), *given)
+            _check_objective(args, self._is_cached)
+        elif args.per_device_train_batch_size is None:
+            args.complete(1, 1, 1, *given)
+        self._objective = args.get_objective(self._counts)
+        if self._chooses_optimizer:
+            self.optimizer_cls_and_kwargs = None
+            if args.variant is not None:
+                betas = (args.adam_beta1, args.adam_beta2)
+                options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+                self.optimizer_cls_and_kwargs = (VARIANTS[args.variant][0], options)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """The arguments of a training, once its model is there: those of a trial of `hyperparameter_search`, too."""
+        args = self.args
+        epochs, steps = args.num_train_epochs, args.max_steps
+        super()._hp_search_setup(trial)
+        if trial is not None and args.num_train_epochs != epochs and args.max_steps == steps:
+            args.max_steps = -1  # epochs were asked for, and the recipe counts steps
+        checkpoints.check_learned(self.model)
+        if self.model_init is not None:
+            self._complete(self.model, args, len(self.train_dataset))
+        self.average = None
+        if args.average_mean is not None:
+            self.average = GaussianAverage(self.model.learned_parameters(), args.average_mean, args.average_std)
 
     # ------------------------------------------------------------------ data
 
@@ -204,7 +269,7 @@ class CoOpTrainer(Trainer):
         dataset, frozen = self._as_embeddings(self.train_dataset, num_views), None
         if isinstance(dataset, LabelledImages):
             logger.info("Training takes the images themselves through the image tower, at every step.")
-            asks = getattr(self.objective, "needs_frozen_images", False) and args.cache_features
+            asks = getattr(self._objective, "needs_frozen_images", False) and args.cache_features
             if asks and self.model.adapter.prompts_image_tower:
                 frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
         self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen, args.balanced_sampling)
@@ -223,13 +288,9 @@ class CoOpTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As `transformers.Trainer.train`."""
-        checkpoints.check_learned(self.model)
         self._kept.clear()
         if self.args.should_save:
             checkpoints.sweep(self.args.output_dir)
-        if self.args.average_mean is not None:
-            learned = self.model.learned_parameters()
-            self.average = GaussianAverage(learned, self.args.average_mean, self.args.average_std)
         if self.model_wrapped is self.model and getattr(self.model, "_is_accelerate_prepared", False):
             # An evaluation before the training prepared the model for evaluation, and accelerate would not prepare it
             # again: each process would go its own way.
@@ -258,7 +319,7 @@ class CoOpTrainer(Trainer):
         if not self.model.training:
             return self._eval_loss(outputs, labels) * share
         frozen = Frozen(self.model, outputs, share=share * self.args.world_size, kept=self._kept, **self._frozen)
-        return self.objective(outputs, labels, frozen) * share
+        return self._objective(outputs, labels, frozen) * share
 
     def _eval_loss(self, outputs: CoOpOutput, labels: Tensor) -> Tensor:
         if self.args.objective == "sigmoid":
@@ -304,172 +365,6 @@ class CoOpTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    # ------------------------------------------------------------------ files
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The active adapter and the arguments; nothing pickled, and never the base."""
-        if not self.args.should_save:
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        checkpoints.save_adapter_state(output_dir, self.model)
-        with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
-            file.write(self.args.to_json_string())
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the active adapter, its model card and the arguments; with `push_to_hub` on the Hub too."""
-        super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:
-            self._write_card(output_dir or self.args.output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(self, **kwargs: Any) -> None:
-        """Writes the model card into `output_dir`. What it says comes from the training; a person's edits stay."""
-        if self.is_world_process_zero():
-            self._write_card(self.args.output_dir)
-
-    def _write_card(self, folder: str) -> None:
-        names = [self.model.active_adapter]
-        repo_id = self.hub_model_id or self.args.hub_model_id
-        write_card(folder, self.model, name=repo_id, training=self.summary(), selected_adapters=names)
-
-    def summary(self) -> dict:
-        """What is known about the training, as a model card tells it; see `coop_hf.files.model_card.make_card`."""
-        summary = {**self.args.describe(self.state.global_step), **self._measured, **self.about}
-        if self.train_dataset is not None:
-            counts = class_counts(self.train_dataset, self.model.class_names, strict=False)
-            summary["num_train"] = len(self.train_dataset)
-            if counts.min() == counts.max():
-                summary["shots"] = int(counts.max())
-        return summary
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As `transformers.Trainer.evaluate`. The model card tells the last result with and without the adapter."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        name = "zero_shot_metrics" if self.model.is_disabled else "metrics"
-        kept = {key: metrics.get(f"{metric_key_prefix}_{key}") for key in ("accuracy", "macro_f1")}
-        if all(value is not None for value in kept.values()):
-            self._measured[name] = kept
-            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-            if hasattr(dataset, "__len__") and not isinstance(dataset, (dict, str)):
-                self._measured["num_eval"] = len(dataset)
-        return metrics
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes `checkpoint-N` beside its place and moves it there when it is whole, so that none is ever half."""
-        if self.hp_search_backend is None and trial is None:
-            self.store_flos()
-        run_dir = self._get_output_dir(trial=trial)
-        final = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            if self.state.best_global_step:
-                best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-                if os.path.isdir(best) or best == final:
-                    self.state.best_model_checkpoint = best
-            with checkpoints.whole_folder(final) as staging:
-                self._save(staging)
-                if not self.args.save_only_model:
-                    self._save_training_state(staging)
-                for callback in [*self.callback_handler.callbacks, self.control]:
-                    if isinstance(callback, ExportableState):
-                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-                self.state.save_to_json(os.path.join(staging, checkpoints.TRAINER_STATE))
-            checkpoints.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-
-    def _others(self) -> dict:
-        """What has a state beside optimizer and scheduler."""
-        others = {"scaler": getattr(self.accelerator, "scaler", None), "average": self.average}
-        return {name: other for name, other in others.items() if other is not None}
-
-    def _save_training_state(self, folder: str) -> None:
-        states = {name: other.state_dict() for name, other in self._others().items()}
-        learned = self.model.learned_parameters()
-        checkpoints.save_training_state(folder, learned, self.optimizer, self.lr_scheduler, **states)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            learned = self.model.learned_parameters()
-            states = checkpoints.load_training_state(checkpoint, learned, self.optimizer, self.lr_scheduler)
-            for name, other in self._others().items():
-                if states.get(name):
-                    other.load_state_dict(states[name])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.read_checkpoint(resume_from_checkpoint)
-        checkpoints.load_adapter_state(resume_from_checkpoint, self.model)
-
-    def _load_best_model(self) -> None:
-        checkpoints.load_adapter_state(self.state.best_model_checkpoint, self.model)
-
-    # ------------------------------------------------------------------ the Hub
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Puts the active adapter and its card on the Hub, in one commit.
-
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`): message of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): whether to wait; else a `Future` is returned.
-            token, revision, private (*optional*): default to the arguments' `hub_token`, `hub_revision` and
-                `hub_private_repo`.
-
-        Returns:
-            `huggingface_hub.CommitInfo`, a `Future` of it, or `None` in processes other than the first.
-
-        Raises:
-            OSError: the Hub cannot be reached or refuses. Local files are whole; call it again.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token if token is not None else self.args.hub_token
-        private = private if private is not None else self.args.hub_private_repo
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        repo_id = (
-            self.hub_model_id or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
-        )
-        options: dict[str, Any] = {
-            "private": private,
-            "token": token,
-            "revision": revision if revision is not None else self.args.hub_revision,
-            "commit_message": commit_message,
-            "selected_adapters": [self.model.active_adapter],
-            "training": self.summary(),
-        }
-        if blocking:
-            return push_to_hub(self.model, repo_id, **options)
-        return HfApi(token=token).run_as_future(push_to_hub, self.model, repo_id, **options)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a checkpoint in the background, as `hub_strategy` says. A push that fails does not stop training."""
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        if not self.args.hub_always_push and self.push_in_progress is not None:
-            if not self.push_in_progress.is_done():
-                return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        job = checkpoints.push(
-            checkpoint_folder, strategy, self.hub_model_id, self.args.hub_token, self.args.hub_revision
-        )
-        if self.push_in_progress is None or self.push_in_progress.is_done():
-            self.push_in_progress = PushInProgress([job])
-        else:
-            self.push_in_progress.jobs.append(job)
 
 
 def _collate(examples: Any) -> dict[str, Tensor]:
