@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "results" not in path.parts),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")),
     "examples/emoji/README.md",
 ]
 
@@ -43,8 +44,13 @@ FEW_STEPS = "--max_steps 2 --save_strategy no"
 
 
 def blocks(page):
-    """`(language, text)` of every fenced block of a page; a block without a language is what something printed."""
+    """`(language, text)` of every fenced block of a page; a block without a language is what something printed.
+
+    Of a notebook, its cells of code.
+    """
     text = (ROOT / page).read_text(encoding="utf-8")
+    if page.endswith(".ipynb"):
+        return [("python", "".join(c["source"])) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
     return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.M | re.S)
 
 
@@ -67,6 +73,8 @@ def runs(words):
 
 
 def steps(page):
+    """What a page does, in its order; of its trainings by a command the first is run, the others are parsed."""
+    has_run = False
     for language, text in blocks(page):
         if language == "python":
             text = re.sub(r'"openai/clip-vit-\w+-patch\d+"', repr(emoji_model_path()), text)
@@ -74,7 +82,8 @@ def steps(page):
         elif language == "bash":
             for words in commands(text):
                 if words[0] in ("python", "coop-hf"):
-                    kind = "command" if runs(words) else "parse"
+                    kind = "command" if runs(words) and not has_run else "parse"
+                    has_run = has_run or kind == "command"
                     line = shlex.join(words)
                     if kind == "command":
                         line = re.sub(r"openai/clip-vit-\w+-patch\d+", emoji_model_path(), line) + " " + FEW_STEPS
@@ -182,6 +191,7 @@ NEEDS = {
     "docs/demo.md": ["gradio"],
     "docs/deploy.md": ["onnx", "onnxscript", "onnxruntime"],
     "docs/methods/interpret.md": ["matplotlib"],
+    "docs/notebooks/2_your_own_data.ipynb": ["matplotlib"],
     "docs/methods/linear_probe.md": ["sklearn"],
 }
 

@@ -88,7 +88,12 @@ def notebook_page(path: Path) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Puts the reference into the navigation."""
+    """Puts the reference into the navigation, and pages that it does not name yet."""
+    named = set(re.findall(r"[\w/.-]+\.md", json.dumps(config.nav)))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    unnamed = sorted(page for page in pages - named if not page.startswith(("results/", "_site/")))
+    if unnamed:
+        config.nav.append({"More": unnamed})
     config.nav.append({"Reference": list(reference())})
     return config
 
