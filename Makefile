@@ -6,7 +6,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: train test test-slow lint format docs
+.PHONY: train test test-slow lint format package docs
 
 train: .venv/ready
 	.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/train.py
@@ -16,6 +16,10 @@ test: .venv-test/ready
 
 test-slow: .venv-test/ready
 	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -m slow
+
+# Builds wheel and sdist, and uses the wheel in a clean environment, on the packages of .venv-test; CI installs them anew.
+package: .venv-test/ready
+	DEPENDENCIES=.venv-test .ci/package
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .

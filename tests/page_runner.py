@@ -97,6 +97,7 @@ def stop_after_parsing():
         return parse_and_stop
 
     argparse.ArgumentParser.parse_args = stopping(argparse.ArgumentParser.parse_args)
+    argparse.ArgumentParser.parse_intermixed_args = stopping(argparse.ArgumentParser.parse_intermixed_args)
     HfArgumentParser.parse_args_into_dataclasses = stopping(HfArgumentParser.parse_args_into_dataclasses)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+from argparse import Namespace
 from pathlib import Path
 
 import huggingface_hub
@@ -29,6 +31,7 @@ from coop_hf.cli.main import COMMANDS, main
 from coop_hf.cli.more import benchmark_parser
 from coop_hf.cli.train import TrainParser
 from coop_hf.files.adapter_files import read_adapter
+from coop_hf.training import processes
 
 
 ROOT = Path(coop_hf.__file__).parents[1]
@@ -304,6 +307,9 @@ def test_export(learned, images, tmp_path):
     out, _ = call("export", folder, tmp_path / "merged", "--to", "clip")
     clip = transformers.CLIPModel.from_pretrained(tmp_path / "merged")
     assert clip.config.coop_hf["class_names"] == model.class_names and "6 classes" in out
+    if importlib.util.find_spec("peft") is not None:
+        call("export", folder, tmp_path / "peft", "--to", "peft")
+        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "TRAINABLE_TOKENS"
     assert "does not tell" in fails("export", folder, tmp_path / "prompt")
     assert "there is no folder" in fails("export", folder, tmp_path / "no" / "prompt.onnx")
     assert "is a folder" in fails("export", folder, tmp_path / "merged", "--to", "torch")
@@ -388,3 +394,33 @@ def test_benchmark_and_demo_are_those_of_their_rooms(tmp_path):
     assert options.command == f"coop-hf benchmark --config {tmp_path}/own.yaml --seeds 7 8"
     assert "not understood: --nonsense" in fails("benchmark", "--nonsense", code=2)
     assert "--space" in fails("demo", "--output", tmp_path, code=2)
+
+
+# ---------------------------------------------------------------------- several processes on a CPU
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}  # by `accelerate launch --num_processes 2`
+
+
+@pytest.mark.parametrize(
+    "given, has_gpu, uses_cpu, warns",
+    [
+        ({}, False, False, False),
+        (LAUNCHED, False, False, True),
+        (LAUNCHED, True, False, False),
+        ({**LAUNCHED, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, False, True, False),
+        ({**LAUNCHED, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, True, False, False),
+        ({**LAUNCHED, "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, False, False, False),
+    ],
+)
+def test_processes_on_a_cpu_work_together_or_are_missed(given, has_gpu, uses_cpu, warns, monkeypatch):
+    for name in (*LAUNCHED, "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    said = []
+    monkeypatch.setattr(processes.logger, "warning", said.append)
+    args = Namespace(use_cpu=False)
+    processes.prepare_processes(args)
+    assert args.use_cpu == uses_cpu and bool(said) == warns
+    assert not warns or "--multi_gpu" in said[0]

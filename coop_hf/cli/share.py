@@ -149,6 +149,7 @@ TARGETS = {
     "onnx": "an ONNX file (extra onnx)",
     "torch": "a torch.export file, .pt2",
     "clip": "a folder with a stock model and processor for transformers",
+    "peft": "a folder with a unified context as PEFT's own adapter (extra peft)",
 }
 
 
@@ -189,6 +190,10 @@ def run_export(options: Namespace) -> None:
         export_onnx(model.as_image_classifier(), options.output)
     elif to == "torch":
         _export_torch(model, options.output)
+    elif to == "peft":
+        from ..deploy.peft_export import export_peft
+
+        export_peft(model, options.output)
     else:
         clip, processor = model.merge_and_unload()
         clip.save_pretrained(options.output)

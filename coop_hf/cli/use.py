@@ -350,7 +350,8 @@ def run_show(options: Namespace) -> None:
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     count = sum(tensor.numel() for tensor in tensors.values())
     common = ("class_names", "template", "base_model_name_or_path", "revision", "format_version", "coop_hf_version")
-    settings = {key: value for key, value in values.items() if key not in (*common, "method") and value is not None}
+    common = (*common, "method", "peft_type")
+    settings = {key: value for key, value in values.items() if key not in common and value is not None}
     rows = [
         ("method", config.method),
         ("settings", ", ".join(f"{key} {value}" for key, value in settings.items()) or "none"),

@@ -30,8 +30,8 @@ def _part(relative: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"There is no {path}: the emoji images and model come with a clone of the repository, not with the "
-            "wheel. Clone the repository and install it from there with `pip install -e .`, or use a model and a data "
-            "set of your own."
+            "wheel. Clone the repository and install it from there with `pip install -e .`, or name your own: "
+            "`coop-hf train IMAGES --base_model MODEL`."
         )
     return path
 
