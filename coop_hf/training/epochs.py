@@ -81,18 +81,19 @@ class Epochs(Dataset):
         epoch, size = int(self._epoch), len(self.dataset)
         if self._order[0] != epoch:
             self._order = (epoch, self._draw(epoch))
-        rows = [int(self._order[1][index % size]) for index in indices]
+        places = np.asarray(indices)
+        rows = self._order[1][places % size]
         if hasattr(self.dataset, "__getitems__"):
-            batch = self.dataset.__getitems__(rows)
+            batch = self.dataset.__getitems__(rows.tolist())
         else:
-            batch = [dict(self.dataset[row]) for row in rows]
-        for place, (index, row) in enumerate(zip(indices, rows)):
-            if index >= size:
-                if isinstance(batch, dict):
-                    batch["labels"][place] = -100
-                else:
-                    batch[place]["labels"] = -100
-            if self.frozen is not None:
+            batch = [dict(self.dataset[row]) for row in rows.tolist()]
+        for place in np.flatnonzero(places >= size).tolist():
+            if isinstance(batch, dict):
+                batch["labels"][place] = -100
+            else:
+                batch[place]["labels"] = -100
+        if self.frozen is not None:
+            for place, row in enumerate(rows.tolist()):
                 batch[place][FROZEN_IMAGE_EMBEDS] = self.frozen[epoch % len(self.frozen), row]
         return batch
 
@@ -108,7 +109,11 @@ class EpochCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What an adapter draws (dropout) is a function of seed, step and process, as everything else is.
-        torch.manual_seed((args.seed * 2**40 + state.global_step * 2**14 + args.process_index) % 2**63)
+        seed = (args.seed * 2**40 + state.global_step * 2**14 + args.process_index) % 2**63
+        # Not `torch.manual_seed`: where there is no GPU it notes a call for later, with a traceback, at every step.
+        torch.default_generator.manual_seed(seed)
+        if args.device.type != "cpu":
+            torch.get_device_module(args.device).manual_seed(seed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         average = self.trainer.average
