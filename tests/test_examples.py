@@ -64,7 +64,7 @@ def test_accelerate_launch_with_two_processes(default_run, tmp_path):
     one = json.loads((default_run[0] / "coop_output" / "all_results.json").read_text())
     two = json.loads((tmp_path / "coop_output" / "all_results.json").read_text())
     assert two["zero_shot_accuracy"] == one["zero_shot_accuracy"]
-    # 200 steps of Adam magnify rounding: the context differs by 1e-3 or so, a few images may change sides.
+    # 200 steps magnify rounding: the context differs by 1e-3 or so, a few images may change sides.
     assert two["eval_accuracy"] == pytest.approx(one["eval_accuracy"], abs=0.02)
 
 

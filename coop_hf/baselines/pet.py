@@ -162,7 +162,7 @@ def fit_pet(
 ) -> PetResult:
     """Teaches the model's active adapter what several prompts say about unlabelled images.
 
-    The student learns as with `recipe="fast"`: every step sees all images, Adam, a cosine to 0.
+    Every step sees all images: Adam, a cosine to 0.
 
     Args:
         model (`CoOpModel`): its active adapter is the student; any kind of context. Saved, loaded and used as always.
