@@ -106,6 +106,36 @@ def test_onnx_with_any_batch_size(model, tmp_path):
         assert torch.allclose(torch.from_numpy(found).softmax(dim=-1), scores, atol=1e-5)
 
 
+def test_onnx_says_what_it_needs(model, base, tokenizer, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model.set_class_names(["猫", *NAMES[1:]])
+    for made, name in ((model, "whole.onnx"), (CoOpModel(base, None, NAMES, tokenizer), "tokenizer_alone.onnx")):
+        export_onnx(made.as_image_classifier(), tmp_path / name)
+        session = onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["class_names"]) == made.class_names and metadata["scores"] == "softmax"
+        if made is model:
+            again = type(model.image_processor)(**json.loads(metadata["preprocessing"]))
+            expected = model.image_processor(picture(), return_tensors="pt")["pixel_values"]
+            assert torch.equal(again(picture(), return_tensors="pt")["pixel_values"], expected)
+        else:
+            assert "preprocessing" not in metadata
+
+
+def test_onnx_refuses_before_the_work(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: pytest.fail("work began"))
+    classifier = as_image_classifier(model)
+    for given, path, error, message in [
+        (model, "a.onnx", TypeError, r"got CoOpModel: call `.as_image_classifier\(\)`"),
+        (torch.nn.Linear(1, 1), "a.onnx", TypeError, "got Linear: make one with"),
+        (classifier, "lost/a.onnx", FileNotFoundError, "no folder '.*lost' to write 'a.onnx' into"),
+        (classifier, "", IsADirectoryError, "is a folder: name a file"),
+    ]:
+        with pytest.raises(error, match=message):
+            export_onnx(given, tmp_path / path)
+
+
 def test_onnx_without_the_extra(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"pip install coop_hf\[onnx\]"):

@@ -1,6 +1,7 @@
 """Into production: the classifier as one plain module that exports."""
 
 import copy
+import json
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter
+from ..atomic import write_atomically
 from ..core.families import Family
 
 
@@ -26,6 +28,7 @@ class ImageClassifier(nn.Module):
         class_embeddings (`torch.Tensor`): `(num_classes, projection_dim)`; normalised here.
         class_names (`list[str]`): the classes, in the order of the logits.
         adapter (`Adapter`, *optional*): gives visual prompts and its own way of scoring; copied.
+        preprocessing (`dict`, *optional*): how images are prepared, as the image processor's configuration says it.
     """
 
     class_embeddings: torch.Tensor
@@ -38,8 +41,10 @@ class ImageClassifier(nn.Module):
         class_embeddings: torch.Tensor,
         class_names: list[str],
         adapter: Adapter | None = None,
+        preprocessing: dict[str, Any] | None = None,
     ):
         super().__init__()
+        self.preprocessing = preprocessing
         base = family.base_model
         self.vision_model = copy.deepcopy(base.vision_model)
         self.visual_projection = copy.deepcopy(getattr(base, "visual_projection", None))
@@ -91,9 +96,11 @@ def as_image_classifier(model: Any) -> ImageClassifier:
             f"the method {adapter.method!r} computes class embeddings for each image, and an exported classifier has "
             "fixed ones: use `CoOpModel.predict`, or learn a method that does not read the image."
         )
+    image_processor = getattr(model.processor, "image_processor", None)  # a model may have a tokenizer alone
+    preprocessing = None if image_processor is None else json.loads(image_processor.to_json_string())
     while True:
         features = model.get_text_features(_view=view)
-        classifier = ImageClassifier(model.family, features, view.classes.class_names, adapter)
+        classifier = ImageClassifier(model.family, features, view.classes.class_names, adapter, preprocessing)
         if view.is_current:  # what a head learned for the classes was copied in the order of their names
             return classifier.eval().requires_grad_(False)
         view.read()
@@ -103,14 +110,33 @@ def export_onnx(classifier: ImageClassifier, path: str | os.PathLike) -> None:
     """Writes an image classifier as an ONNX file: input `pixel_values` `(batch, 3, size, size)` with any batch size,
     output `logits` `(batch, num_classes)`.
 
+    Its metadata hold, as JSON, `class_names` in the order of the logits and `preprocessing`, the image processor's
+    configuration; and `scores`, what makes scores of logits, `softmax` or `sigmoid`.
+
     Args:
         classifier (`ImageClassifier`): from [`as_image_classifier`].
         path (`str` or `os.PathLike`): the file.
 
     Raises:
+        TypeError: something else than an image classifier; before any work.
+        FileNotFoundError, IsADirectoryError: the file's folder is missing, or the path is a folder; before any work.
         ImportError: the extra is missing: `pip install coop_hf[onnx]`.
     """
+    if not isinstance(classifier, ImageClassifier):
+        hint = "call `.as_image_classifier()` on it first" if hasattr(classifier, "as_image_classifier") else ""
+        raise TypeError(
+            f"export_onnx() takes an ImageClassifier, got {type(classifier).__name__}: "
+            f"{hint or 'make one with `model.as_image_classifier()`'}."
+        )
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"there is no folder {folder!r} to write {os.path.basename(path)!r} into: make it first."
+        )
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name a file in it, such as 'classifier.onnx'.")
     try:
+        import onnx
         import onnxscript  # noqa: F401
     except ImportError:
         raise ImportError(
@@ -129,3 +155,13 @@ def export_onnx(classifier: ImageClassifier, path: str | os.PathLike) -> None:
         external_data=False,
         verbose=False,
     )
+    written = onnx.load(os.fspath(path))
+    values = {
+        "class_names": json.dumps(classifier.class_names, ensure_ascii=False),
+        "scores": "sigmoid" if classifier.is_sigmoid else "softmax",
+    }
+    if classifier.preprocessing is not None:
+        values["preprocessing"] = json.dumps(classifier.preprocessing, ensure_ascii=False)
+    onnx.helper.set_model_props(written, values)
+    with write_atomically(path) as temporary:
+        onnx.save(written, temporary, save_as_external_data=False)
