@@ -516,7 +516,10 @@ def test_duplicate_names_are_two_classes(base_folder, splits, tmp_path, monkeypa
     args = arguments(
         base_folder, str(tmp_path / "twice"), tmp_path / "out", class_names_file=str(tmp_path / "names.txt")
     )
-    results = b.benchmark(replace(args, shots=[2], seeds=[1]), report=lambda line: None)
+    (tmp_path / "own.yaml").write_text("recipe: fast  # as it is")
+    args = replace(args, shots=[2], seeds=[1], config=str(tmp_path / "own.yaml"))
+    results = b.benchmark(args, report=lambda line: None)
+    assert "recipe: fast  # as it is</pre>" in report_files.page(results)
     assert not results["failed"] and results["data"]["twice, few_shot"]["class_names"] == names
     assert [len(cell["details"]["accuracy"]["per_class"]) for cell in results["cells"]] == [6, 6]
     json.dumps(results)

@@ -330,8 +330,9 @@ def benchmark(
         command (`str`, *optional*): what was typed, to be repeated.
 
     Returns:
-        `dict`: plain values, all that a report needs: `settings`, `methods`, `data`, `cells` (each with `protocol`,
-        `data`, `method`, `shots`, `seed`), `draws`, `environment` and `failed`.
+        `dict`: plain values, all that a report needs: `command`, `config` (the YAML file's text), `settings`,
+        `methods`, `data`, `cells` (each with `protocol`, `data`, `method`, `shots`, `seed`), `draws`, `environment`
+        and `failed`.
     """
     methods, sources = check_arguments(args), read_sources(args, data)
     processes = num_processes(args)
@@ -346,9 +347,13 @@ def benchmark(
         for entry in found
         for cell in entry["cells"]
     ]
-    first = found[0]["settings"]
+    first, config = found[0]["settings"], None
+    if args.config is not None:
+        with open(args.config, encoding="utf-8") as file:
+            config = file.read()
     return {
         "command": command,
+        "config": config,
         "settings": {
             **{key: first[key] for key in ("coop_hf", "base_model", "base_fingerprint")},
             "recipe": args.recipe,

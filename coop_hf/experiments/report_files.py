@@ -128,22 +128,22 @@ def _data_section(results: dict, protocol: str, data: str, plots: bool) -> list[
                 "Test accuracy over the number of shots, mean and standard deviation over draws; grey: the others."
             )
             if len(shots) == 1:
-                caption = f"Test accuracy at {shots[0]} shots, mean and standard deviation over draws."
+                caption = f"Test accuracy at {report.count(shots[0])}, mean and standard deviation over draws."
             parts.append(_figure(report_plots.curves(results, data), caption))
         reference = results["methods"][results["settings"]["reference"]]["title"]
         parts.append(
             _figure(
                 report_plots.gains(results, protocol, data, max(shots)),
-                f"Gain over {reference} at {max(shots)} shots, in points, mean over draws.",
+                f"Gain over {reference} at {report.count(max(shots))}, in points, mean over draws.",
             )
         )
         if protocol == "few_shot":
             parts.append(
                 _figure(
                     report_plots.calibration(results, data, max(shots)),
-                    f"Calibration at {max(shots)} shots, all draws together: accuracy of the images in each bin of "
-                    "confidence (bars as wide as their bin; pale where under 1 % of the images lie), and the expected "
-                    "calibration error. On the diagonal, confidence is right.",
+                    f"Calibration at {report.count(max(shots))}, all draws together: accuracy of the images in each "
+                    "bin of confidence (bars as wide as their bin; pale where under 1 % of the images lie), and the "
+                    "expected calibration error. On the diagonal, confidence is right.",
                 )
             )
     first = "accuracy" if "accuracy" in tests else tests[0]
@@ -155,7 +155,9 @@ def _data_section(results: dict, protocol: str, data: str, plots: bool) -> list[
             half = (len(names) + 1) // 2
             own = {"accuracy": names, "base": names[:half], "new": names[half:]}[test]
             table = _heat(results, protocol, data, test, own)
-            parts.append(_details(f"Accuracy of each class in %, {report.headline(test)}, {max(shots)} shots", table))
+            parts.append(
+                _details(f"Accuracy of each class in %, {report.headline(test)}, {report.count(max(shots))}", table)
+            )
     return parts
 
 
