@@ -61,7 +61,7 @@ def commands(text):
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words.pop(0)
         if words[:2] == ["accelerate", "launch"]:
-            words = ["python", *words[2 if words[2].endswith(".py") else 3 :]]
+            words = ["python", *words[next(k for k, word in enumerate(words) if word.endswith(".py")) :]]
         if words and words[0] in ("python", "coop-hf", "make", "pip"):
             yield words
 
