@@ -57,7 +57,7 @@ def blocks(page):
 def commands(text):
     """The commands of a block of shell, without their environment, comments and the shell's own words."""
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.split(" > ")[0], comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words.pop(0)
         if words[:2] == ["accelerate", "launch"]:
