@@ -339,7 +339,7 @@ def head(title: str, method: str) -> Method:
 
 
 def _fit_clip_lora(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
-    """500 steps for each shot by the paper's recipe; by the fast one as many as the other methods take."""
+    """500 steps for each shot by the paper's recipe; by the fast one its largest number, 200."""
     assert shots.images is not None
     images = LabelledImages(
         shots.images, model.image_processor, *shots.columns, shots.class_names, seed=shots.seed, augment=True
