@@ -81,16 +81,11 @@ class Sentences(Captions):
         plain = [token for token in tokenizer.get_vocab() if token.endswith("</w>") and token[:-4].isalpha()]
         self.tokens = sorted(token[:-4] for token in plain if token.isascii())
 
-    def thing(self, index, plain, rng):
-        """One of the words that are true of a picture: its name, a keyword, or a kind.
-
-        Args:
-            index (`int`): which picture.
-            plain (`bool`): more often the words that are surest, an emoji's Unicode groups and an icon's own name.
-        """
+    def thing(self, index, rng):
+        """One of the words that are true of a picture, most often a sure one: its Unicode groups or its own name."""
         name = rng.choice(self.pictures[index]["names"])
         known, roll = self.words[name], rng.random()
-        if plain and rng.random() < 0.5:
+        if rng.random() < 0.5:
             return rng.choice(self.groups.get(name, [name]))
         if roll < 0.5 and (known["kinds"] or name in self.groups):
             if name in self.groups and (rng.random() < 0.6 or not known["kinds"]):
@@ -104,12 +99,12 @@ class Sentences(Captions):
             return " ".join("".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))) for _ in range(count))
         return " ".join(rng.choices(self.tokens, k=count))
 
-    def write(self, index, bits, plain, rng):
+    def write(self, index, bits, rng):
         """One caption of a picture: `(text, concepts, claims)`; it is true of what is any of its concepts."""
-        subject, said = self.thing(index, plain, rng), []
+        subject, said = self.thing(index, rng), []
         concepts, roll, form = {subject.lower()}, rng.random(), rng.random()
         if roll < 0.15:  # a list: true of each of its things
-            others = [self.thing(rng.randrange(len(self.pictures)), plain, rng) for _ in range(rng.choice([1, 1, 2]))]
+            others = [self.thing(rng.randrange(len(self.pictures)), rng) for _ in range(rng.choice([1, 1, 2]))]
             things = [subject, *others]
             rng.shuffle(things)
             concepts = {thing.lower() for thing in things}
@@ -220,16 +215,17 @@ def main():
     parser.add_argument("--work-dir", type=Path, default=HERE / "build", help="where build_data.py left its pictures")
     parser.add_argument("--first", type=Path, default=HERE / "build" / "first-stage", help="model of pretrain.py")
     parser.add_argument("--out", type=Path, default=HERE / "emoji-clip")
-    parser.add_argument("--steps", type=int, default=620)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--renderings", type=int, default=1, help="of each picture")
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--fall", type=float, default=0.35, help="part of the steps, the last, in which the rate falls")
-    parser.add_argument("--turns", type=int, nargs=2, default=[200, 400], help="up to which steps two phases last")
+    parser.add_argument("--warmup", type=int, default=40)
+    parser.add_argument("--fall", type=float, default=0.5, help="part of the steps, the last, in which the rate falls")
+    parser.add_argument("--share", type=float, default=0.85, help="part of a batch that are emoji")
+    parser.add_argument("--more-images", type=int, default=3000, help="besides those that captions are written for")
     parser.add_argument("--max-scale", type=float, default=100.0, help="upper bound of exp(logit_scale)")
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--save-every", type=int, default=60)
     parser.add_argument("--resume", action="store_true", help="go on from <out>.state.pt, as if never stopped")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
@@ -273,19 +269,15 @@ def main():
             group["lr"] = rate
         rng = random.Random(f"{args.seed}-words-{step}")
         generator.manual_seed(rng.getrandbits(60))
-        phase = sum(step > turn for turn in args.turns)
-        share, more = ((0.6, 576), (0.85, 576), (0.85, 3000))[phase]
-        indices, from_emoji = [], round(args.batch_size * share)
-        for pool, count in zip(pools, (from_emoji, args.batch_size - from_emoji), strict=True):
+        indices = []
+        for pool, share in zip(pools, (args.share, 1 - args.share), strict=True):
+            count = round(share * args.batch_size)
             indices += [pool[(step - 1) * count + offset] for offset in range(count)]
-        if phase == 0:
-            indices += rng.choices(range(len(pictures)), k=more)
-        else:
-            for pool, part in zip(pools, (share, 1 - share), strict=True):
-                indices += rng.choices(pool.items, k=round(part * more))
+        for pool, share in zip(pools, (args.share, 1 - args.share), strict=True):
+            indices += rng.choices(pool.items, k=round(share * args.more_images))
         views = [rng.randrange(args.renderings) for _ in indices]
         bits = [int(claims[view, i]) for view, i in zip(views, indices, strict=True)]
-        written = [captions.write(i, b, phase == 2, rng) for i, b in zip(indices[: args.batch_size], bits, strict=False)]
+        written = [captions.write(i, b, rng) for i, b in zip(indices[: args.batch_size], bits, strict=False)]
         truth = captions.truth(indices, bits, written)
         with torch.autocast("cpu", torch.bfloat16):
             images = model.vision_model.post_layernorm(seen[views, indices].float())
@@ -311,7 +303,8 @@ def main():
             total, hits = 0.0, 0.0
         if step % args.save_every == 0 or step == args.steps:
             scores = 100 * validate(model, processor)
-            save(model, processor, args.out, rescale(model))
+            fresh = CLIPProcessor.from_pretrained(args.first)  # the one in use keeps lengths that it was called with
+            save(model, fresh, args.out, rescale(model))
             state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, state_file.with_suffix(".new"))
             os.replace(state_file.with_suffix(".new"), state_file)

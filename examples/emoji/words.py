@@ -2,8 +2,8 @@
 
 - emoji: keywords and short names of Unicode's annotations (`cldr-annotations-full`) and the short codes of several
   programs (`emojibase-data`);
-- emoji and icons: kinds by WordNet, up from the first noun sense of the name or of its head: "fox" is a canine, a
-  carnivore, a mammal, an animal.
+- emoji and icons: kinds by WordNet, up from the name or its head, in the first noun sense that can be drawn: "fox" is
+  a canine, a carnivore, a mammal, an animal; "hot dog" is food, not its first sense, a person.
 """
 
 import json
@@ -13,6 +13,9 @@ from collections import Counter
 
 # Icon sets whose names begin with the thing and go on with its variants: "car-electric".
 HEAD_FIRST = {"mdi", "ph", "flat-color", "fluent-color"}
+
+# WordNet's files of things that can be drawn: animals, artifacts, bodies, food, objects, phenomena, plants, shapes.
+DRAWN = {"05", "06", "08", "13", "17", "19", "20", "25"}
 
 MIN_NAMES, MAX_SHARE = 3, 0.08  # a kind must hold that many names, and no larger part of the pictures
 
@@ -47,19 +50,20 @@ class WordNet:
     def __init__(self, folder):
         # Fields of the files: https://wordnet.princeton.edu/documentation/wndb5wn
         self.data = (folder / "dict" / "data.noun").read_bytes()
-        self.first_sense = {}
+        self.senses = {}
         for line in (folder / "dict" / "index.noun").read_text().splitlines():
             if line.startswith(" "):
                 continue  # the licence
             parts = line.split()
-            self.first_sense[parts[0]] = int(parts[6 + int(parts[3])])
+            self.senses[parts[0]] = [int(offset) for offset in parts[6 + int(parts[3]) :]]
 
     def look_up(self, words):
-        """Where the first sense of a noun stands, its plural's too, or `None`."""
+        """Where the first sense of a noun that can be drawn stands, its plural's too, or `None`."""
         lemma = words.lower().replace(" ", "_")
         for form in (lemma, lemma.removesuffix("s"), lemma.removesuffix("es")):
-            if form in self.first_sense:
-                return self.first_sense[form]
+            for offset in self.senses.get(form, ()):
+                if self.data[offset + 9 : offset + 11].decode() in DRAWN:
+                    return offset
         return None
 
     def above(self, offset):
@@ -68,7 +72,7 @@ class WordNet:
         while queue:
             fields = self.data[(at := queue.pop(0)) : self.data.index(b"\n", at)].decode().split("|")[0].split()
             count = int(fields[3], 16)
-            if at != offset:
+            if at != offset and fields[1] in DRAWN:
                 words += [fields[4 + 2 * i].replace("_", " ").lower() for i in range(min(2, count))]
             pointers = fields[5 + 2 * count :]
             for symbol, target in zip(pointers[::4], pointers[1::4], strict=False):
