@@ -7,7 +7,7 @@ token embeddings, before and behind the name, as an untrained context of CoOp ha
 image tower's last norm and projection; all before them stays, so each picture goes through it once.
 
 At the end the text tower is rescaled: token embeddings get a root mean square of 0.02, as CLIP's have, and all that is
-added to them the same factor, so the function stays and the paper's learning rate means what it means on CLIP.
+added to them the same factor, so the function stays and a context of noise means what it means on CLIP.
 
     python examples/emoji/pretrain_words.py
 """
