@@ -349,8 +349,8 @@ def run_show(options: Namespace) -> None:
     names = config.class_names or []
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     count = sum(tensor.numel() for tensor in tensors.values())
-    common = ("class_names", "template", "base_model_name_or_path", "revision", "format_version", "coop_hf_version")
-    common = (*common, "method", "peft_type")
+    common = {"class_names", "template", "base_model_name_or_path", "revision", "format_version", "coop_hf_version"}
+    common |= {"method", "peft_type"}
     settings = {key: value for key, value in values.items() if key not in common and value is not None}
     rows = [
         ("method", config.method),
