@@ -32,7 +32,7 @@ from coop_hf.experiments.plotting import plot_few_shot_curves
 from coop_hf.training.arguments import paper_epochs
 
 
-TEMPLATE = "an emoji of a {}."  # the best on validation of those that the protocols try
+TEMPLATE = "a photo of a {}."
 
 
 def summarise(cells: list[dict]) -> dict:

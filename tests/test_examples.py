@@ -126,7 +126,7 @@ def test_mistakes_are_explained(tmp_path):
         (["--method", "ivlp", "--class_specific", "--depth", 2], {"class_specific": True, "depth": 2, "n_vision": 2}),
         (["--method", "vpt", "--n_vision", 5], {"n_vision": 5, "depth": 5}),
         (["--method", "cocoop", "--ctx_init", "none", "--n_ctx", 2], {"n_ctx": 2, "ctx_init": None}),
-        (["--objective", "prograd"], {"n_ctx": 16, "ctx_init": "an emoji of a", "class_specific": False}),
+        (["--objective", "prograd"], {"n_ctx": 16, "ctx_init": "a photo of a", "class_specific": False}),
         (["--method", "taskres", "--alpha", 0.25], {"alpha": 0.25, "stores_class_embeds": True}),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",

@@ -42,9 +42,7 @@ from .parsers import HelpFormatter, add_screen_arguments, note, print_json, prin
 
 __all__ = ["TrainParser", "main", "run_train", "train_parser"]
 
-# For the embedded default, chosen on its validation part: the best of the templates that the protocols try, and CoOp's
-# context.
-EMOJI_TEMPLATE = "an emoji of a {}."
+# CoOp's context for the embedded default, chosen on its validation part.
 EMOJI_CONTEXT = {"class_specific": True, "n_ctx": 4}
 
 # What `--help` shows, each group on a screen; `--help-all` shows all.
@@ -234,19 +232,15 @@ def train_parser(prog: str | None = None) -> TrainParser:
 
 def make_model(args: ModelArguments, data: DataArguments, objective: str | None, own: dict, names: Any) -> CoOpModel:
     """The base model with a fresh adapter of the method."""
-    template, words = args.template, "a photo of a"
-    if data.is_emoji:
-        template = template or EMOJI_TEMPLATE
-        words = template.split("{}")[0].strip()
-        plain = args.method == "coop" and objective in (None, "cross_entropy")
-        if plain and not own.keys() & {"n_ctx", "class_specific", "ctx_init"}:
-            own = own | EMOJI_CONTEXT
+    plain = args.method == "coop" and objective in (None, "cross_entropy")
+    if data.is_emoji and plain and not own.keys() & {"n_ctx", "class_specific", "ctx_init"}:
+        own = own | EMOJI_CONTEXT
     name, revision = args.base_model or emoji_model_path(), args.base_model_revision
     base = CoOpModel.from_pretrained(name, revision=revision, dtype=args.dtype)
     num_layers = min(len(base.family.text_layers), len(base.family.vision_layers))
     shared = {"base_model_name_or_path": name, "revision": revision, "class_names": names}
-    shared |= {"template": template} if template is not None else {}
-    config = make_config(args.method, objective, own, base.tokenizer, num_layers, words, **shared)
+    shared |= {"template": args.template} if args.template is not None else {}
+    config = make_config(args.method, objective, own, base.tokenizer, num_layers, **shared)
     return CoOpModel(base.get_base_model(), config, processor=base.processor)
 
 

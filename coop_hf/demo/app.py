@@ -10,7 +10,7 @@ from ..config import CoOpConfig
 from ..modeling import CoOpModel
 from .answers import load_shelf
 from .emoji import emoji_model_path
-from .examples import example_files, is_emoji_clip
+from .examples import example_files
 from .space import write_space
 
 
@@ -55,8 +55,7 @@ def launch(
     base = next(iter(shelf.models.values()), None)
     if base is None:
         name = os.fspath(base_model or emoji_model_path())
-        template = "an emoji of a {}." if is_emoji_clip(name) else CoOpConfig.template
-        base = CoOpModel.from_pretrained(name, CoOpConfig(n_ctx=1, template=template)).eval()
+        base = CoOpModel.from_pretrained(name, CoOpConfig(n_ctx=1)).eval()
     bases = [model.base_model.config._name_or_path for model in shelf.models.values() or [base]]
     from .page import CSS, HEAD, make_page, make_theme  # seconds, which a mistake in the arguments need not wait for
 

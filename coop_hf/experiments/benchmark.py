@@ -29,9 +29,6 @@ __all__ = ["BenchmarkArguments", "Source", "benchmark", "compute_cell", "read_co
 
 PROTOCOLS = ("few_shot", "base_to_new")
 
-# For the emoji, whose base has not learned what a photo is: fixed before the comparison, the same for all methods.
-EMOJI_TEMPLATE = "an emoji of a {}."
-
 DEFAULT_METHODS = (
     "zero_shot ensemble linear_probe coop tip_adapter tip_adapter_f taskres zs_lp clap lp_plus_plus gda".split()
 )
@@ -277,8 +274,7 @@ def _run_source(
     args = source.args
     splits = protocol_splits(args, report)
     task = prepare_task(args, model, splits)
-    template = args.template or (EMOJI_TEMPLATE if args.is_emoji else None)
-    options = replace(make_options(args, task, template), validation=args.validation)
+    options = replace(make_options(args, task, args.template), validation=args.validation)
     sizes = ", ".join(f"{part} {len(labels)}" for part, (_, labels) in task.parts.items())
     report(f'\n{task.name}: {len(task.class_names)} classes; images: {sizes}; template "{options.template}"')
     found = []

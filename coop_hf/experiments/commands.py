@@ -309,7 +309,7 @@ def make_options(args: ProtocolArguments, task: Task, template: str | None = Non
     cupl_file = emoji_cupl_path() if args.cupl_file is None and args.is_emoji else args.cupl_file
     cupl = None if cupl_file is None else read_prompts(cupl_file, task.class_names)
     options = Options(template, ensemble, cupl, args.recipe)
-    if args.is_emoji:  # its base has not learned what a photo is
+    if args.is_emoji:  # contexts start from the template that validation chose
         options = replace(options, words=template.split("{}")[0].strip())
     return options
 
