@@ -15,6 +15,11 @@ __all__ = ["MAX_TOKENS", "LinearLayers"]
 
 MAX_TOKENS = 128  # more tokens gain nothing
 
+# Operations that torch's own compiler uses for this, and has not made public.
+_IS_AVAILABLE = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+)
+
 
 class _OrderedLinear(torch.autograd.Function):
     @staticmethod
@@ -66,7 +71,9 @@ class LinearLayers:
 
 def _can_order(layer: Any, x: Tensor) -> bool:
     return bool(
-        type(layer) is nn.Linear
+        not torch.compiler.is_compiling()
+        and _IS_AVAILABLE
+        and type(layer) is nn.Linear
         and "forward" not in vars(layer)  # accelerate's offloading puts its own there
         and x.device.type == layer.weight.device.type == "cpu"
         and x.dtype == layer.weight.dtype == torch.float32
@@ -74,9 +81,5 @@ def _can_order(layer: Any, x: Tensor) -> bool:
         and (layer.bias is None or not layer.bias.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
