@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import time
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from coop_hf import CoOpConfig, PromptConfig, __version__
+from coop_hf import adapters as _adapters  # noqa: F401 (registers all methods)
 from coop_hf.checks import check_class_names, clean_class_name
 from coop_hf.config import ADAPTER_CONFIG_NAME, CONFIGS, FORMAT_VERSION, PEFT_TYPE
 
@@ -268,3 +270,12 @@ def test_a_method_is_registered_once(methods):
 
     assert MyConfig.method == "coop" and type(PromptConfig.from_dict({})) is CoOpConfig
     assert type(MyConfig.from_dict({})) is MyConfig
+
+
+@pytest.mark.parametrize("method", sorted(CONFIGS))
+def test_any_value_is_taken_or_refused(method):
+    """Values of JSON files of strangers: whatever a field cannot be is a `ValueError`."""
+    for field in dataclasses.fields(CONFIGS[method]):
+        for value in (10**400, -(10**400), float("nan"), float("-inf"), True, "x", None, [1], {}):
+            with contextlib.suppress(ValueError):
+                CONFIGS[method].from_dict({"method": method, field.name: value})

@@ -9,7 +9,7 @@ templates, sentences, or a learned prompt), s the base model's logit scale. A he
 GDA, the start of the others, which learn by `CoOpTrainer` ([`~coop_hf.training.heads.fit_head`] does both).
 """
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -72,7 +72,8 @@ class HeadConfig(PromptConfig):
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"`{field.name}` must be True or False, got {shown(value)}.")
             is_optional = field.type == float | None and value is None
-            if field.type in (float, float | None) and not is_optional and not (is_number and math.isfinite(value)):
+            is_finite = is_number and abs(value) <= sys.float_info.max  # an int may be too large to be a float
+            if field.type in (float, float | None) and not is_optional and not is_finite:
                 raise ValueError(f"`{field.name}` must be a finite number, got {shown(value)}.")
         super().__post_init__()
 
