@@ -59,7 +59,8 @@ def test_at_the_end(hub, base, processor, tmp_path):
     path = huggingface_hub.hf_hub_download("ada/prompt", "README.md", token=token, cache_dir=tmp_path / "cache")
     with open(path) as file:
         card = file.read()
-    for part in (f"{100 * before:.1f}", f"{100 * after:.1f}", "8 images of each class", "one second moment for a tensor", "ada/prompt"):
+    optimizer = "one second moment for a tensor"
+    for part in (f"{100 * before:.1f}", f"{100 * after:.1f}", "8 images of each class", optimizer, "ada/prompt"):
         assert part in card, part
 
 
