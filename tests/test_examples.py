@@ -122,7 +122,10 @@ def test_mistakes_are_explained(tmp_path):
 @pytest.mark.parametrize(
     "given, expected",
     [
-        (["--method", "maple", "--objective", "kgcoop", "--n_ctx", 3], {"n_ctx": 3, "fixed_words": "of a", "depth": 3}),
+        (
+            ["--method", "maple", "--objective", "kgcoop", "--n_ctx", 3],
+            {"n_ctx": 3, "fixed_words": "of a", "depth": 3},
+        ),
         (["--method", "ivlp", "--class_specific", "--depth", 2], {"class_specific": True, "depth": 2, "n_vision": 2}),
         (["--method", "vpt", "--n_vision", 5], {"n_vision": 5, "depth": 5}),
         (["--method", "cocoop", "--ctx_init", "none", "--n_ctx", 2], {"n_ctx": 2, "ctx_init": None}),

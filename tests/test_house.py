@@ -165,7 +165,8 @@ def test_names_of_0_1(old):
 
 
 def test_old_names_stay_for_two_minor_versions():
-    assert coop_hf.__version__.startswith(("0.2.", "0.3."))  # else the shims and their message (coop_hf/_moved.py) are due
+    # Else the shims and their message (coop_hf/_moved.py) are due.
+    assert coop_hf.__version__.startswith(("0.2.", "0.3."))
 
 
 def test_importing_the_package_warns_of_nothing():
