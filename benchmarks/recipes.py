@@ -1,9 +1,10 @@
 """The paper's recipe against the fast one on the embedded default: accuracy and time over shots and seeds.
 
     python benchmarks/recipes.py --output recipes.json --plot recipes.png
+    python benchmarks/recipes.py --class_specific --n_ctx 4 --output recipes_class_specific.json
 
-Both learn from the same cached embeddings and are tested on the same images. The paper's recipe sees a new augmented
-view of each image in every epoch; embedding those views is timed too, since the fast recipe does without.
+Both learn from the same images and are tested on the same ones. The paper's recipe sees a new augmented view of each
+image in every epoch; embedding those views is timed too, since the fast recipe does without.
 """
 
 import argparse
@@ -54,13 +55,13 @@ def summarise(cells: list[dict]) -> dict:
     return summary
 
 
-def plot(result: dict, path: str) -> None:
+def plot(result: dict, path: str, title: str) -> None:
     """Both curves, and the hand-written prompt's accuracy as a star."""
     curves = {}
     for cell in result["cells"]:
         curves.setdefault(f"{cell['recipe']} recipe", {}).setdefault(cell["shots"], []).append(cell["accuracy"])
     star = {"hand-written prompt": result["zero_shot"]}
-    plot_few_shot_curves(curves, path, star, "unified context, M=16, on the emoji")
+    plot_few_shot_curves(curves, path, star, title)
 
 
 def main() -> None:
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--style", default="fluent-flat")
     parser.add_argument("--part", default="test", choices=["validation", "test"])
+    parser.add_argument("--n_ctx", type=int, default=16)
+    parser.add_argument("--class_specific", action="store_true")
     parser.add_argument("--recipes", nargs="+", default=["paper", "fast"], choices=["paper", "fast"])
     parser.add_argument("--output", help="JSON file")
     parser.add_argument("--plot", help="PNG file; needs matplotlib")
@@ -77,8 +80,11 @@ def main() -> None:
     data = load_emoji(args.style)
     names = data["train"].features["label"].names
     model = CoOpModel.from_pretrained(emoji_model_path(), CoOpConfig(template=TEMPLATE), class_names=names)
+    config = CoOpConfig(n_ctx=args.n_ctx, class_specific=args.class_specific)
     pool = data["train"].add_column("row", list(range(len(data["train"]))))
-    images = LabelledImages(pool, model.image_processor, class_names=names, augment=True)
+    draws = {(k, seed): sample_few_shot(pool, k, seed=seed)["row"] for k in args.shots for seed in args.seeds}
+    used = sorted(set().union(*draws.values()))  # views of the others would be made for nothing
+    images = LabelledImages(pool.select(used), model.image_processor, class_names=names, augment=True)
     test = LabelledImages(data[args.part], model.image_processor, class_names=names)
     test_set = EmbeddedImages(embed_images(model, test, progress=False), test.labels)
     plain = embed_images(model, images, progress=False)
@@ -97,11 +103,11 @@ def main() -> None:
     cells, folder = [], tempfile.TemporaryDirectory()  # nothing is written there
     for shots in args.shots:
         for seed in args.seeds:
-            rows = sample_few_shot(pool, shots, seed=seed)["row"]
+            rows = np.searchsorted(used, draws[shots, seed])
             labels = images.labels[rows]
             for recipe in args.recipes:
                 set_seed(seed)
-                fresh = CoOpModel(model.get_base_model(), CoOpConfig(), names, model.processor)
+                fresh = CoOpModel(model.get_base_model(), config, names, model.processor)
                 epochs = paper_epochs(shots, len(names))
                 train = EmbeddedImages((views[:epochs] if recipe == "paper" else plain)[:, rows], labels)
                 arguments = CoOpTrainingArguments(
@@ -130,13 +136,15 @@ def main() -> None:
                 )
                 print(json.dumps(cells[-1]), flush=True)
     result = {"benchmark": "recipes", "machine": machine(), "part": args.part, "zero_shot": zero_shot}
+    result |= {"n_ctx": args.n_ctx, "class_specific": args.class_specific}
     result |= {"summary": summarise(cells), "cells": cells}
     print(json.dumps(result["summary"], indent=2))
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=2)
     if args.plot:
-        plot(result, args.plot)
+        kind = "class-specific" if args.class_specific else "unified"
+        plot(result, args.plot, f"{kind} context, M={args.n_ctx}, on the emoji")
 
 
 if __name__ == "__main__":

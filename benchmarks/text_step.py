@@ -40,9 +40,6 @@ def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain,
     weights = torch.randn(classes, base.config.projection_dim)
     shared = SharedPrefixPass(base, layout, class_specific)
 
-    def plain():  # all classes at once: nothing is computed twice, as in the public code
-        return plain_text_features(base, layout, context, 77, chunk_size=classes)
-
     def step(features):
         context.grad = None
         (features * weights).sum().backward()
@@ -70,16 +67,13 @@ def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain,
     }
     if plain:
         own_gradient = context.grad.clone()
+
+        def in_full():  # all classes at once: nothing is computed twice, as in the public code
+            return plain_text_features(base, layout, context, 77, chunk_size=classes)
+
         with torch.no_grad():
-            features, plain_features = (
-                shared(context),
-                plain_text_features(base, layout, context, 77, chunk_size=classes),
-            )
-        slow = timed(
-            lambda: step(plain_text_features(base, layout, context, 77, chunk_size=classes)),
-            max(1, repeats // 3),
-            warmup=0,
-        )
+            features, plain_features = shared(context), in_full()
+        slow = timed(lambda: step(in_full()), max(1, repeats // 3), warmup=0)
         result |= {
             "plain_77": slow,
             "speedup": slow["median_s"] / fast["median_s"],
