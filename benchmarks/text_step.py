@@ -3,6 +3,7 @@
     python benchmarks/text_step.py                         100 classes, all variants
     python benchmarks/text_step.py --classes 10 100 1000   (the plain pass of 1,000 classes needs more than 24 GiB)
     python benchmarks/text_step.py --sweep                 cost against classes, context length and name length
+                                                           (growth.py goes further, and draws)
 
 Each measurement runs in a process of its own, so that its peak memory is its own. Plain and shared pass are timed in
 turn within one run, with the machine's matrix product before each, and the ratio is of medians.
@@ -31,7 +32,13 @@ def layer_flops(tokens: int, base) -> float:
     return 2 * 2 * tokens * per_token * text.num_hidden_layers
 
 
-def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain, repeats, size) -> dict:
+def distinct_tokens(layout, shared: SharedPrefixPass) -> int:
+    """Tokens that must be computed: what the prompts share counts once, and what no context precedes not at all."""
+    tokens = sum(len(row) for row in layout.tokens) - (layout.num_classes - 1) * shared.num_shared
+    return tokens - (sum(layout.name_lengths) if layout.class_token_position == "front" else 0)
+
+
+def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain, repeats, size, warmup=1) -> dict:
     base = make_base(vision_layers=1, size=size)
     layout = make_layout(WordTokenizer(), make_names(classes, name_tokens), n_ctx, position)
     dim = base.config.text_config.hidden_size
@@ -46,17 +53,16 @@ def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain,
 
     before = peak_memory_bytes()
     rate = matmul_rate()
-    fast = timed(lambda: step(shared(context, chunk)), repeats)
+    fast = timed(lambda: step(shared(context, chunk)), repeats, warmup)
     rate = max(rate, matmul_rate())
-    distinct = sum(len(row) for row in layout.tokens) - (classes - 1) * shared.num_shared
-    if position == "front":
-        distinct -= sum(layout.name_lengths)
+    distinct = distinct_tokens(layout, shared)
     result = {
         "position": position,
         "class_specific": class_specific,
         "classes": classes,
         "n_ctx": n_ctx,
         "mean_prompt_tokens": sum(map(len, layout.tokens)) / classes,
+        "mean_name_tokens": sum(layout.name_lengths) / classes,
         "text_chunk_size": chunk,
         "shared": fast,
         "distinct_tokens": distinct,
@@ -65,7 +71,7 @@ def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain,
         "memory_before_bytes": before,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    if plain:
+    if plain:  # all classes at once: nothing is computed twice, as in the public code
         own_gradient = context.grad.clone()
 
         def in_full():  # all classes at once: nothing is computed twice, as in the public code
