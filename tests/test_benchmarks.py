@@ -56,6 +56,31 @@ def test_overhead():
     assert results["trainer"]["trainer_step_ms"] > 0 and results["inference"]["images_per_s"] > 0
 
 
+def test_growth_is_drawn_and_taken_up(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(FOLDER / "growth.py"), "--output", "growth.json", "--plot-dir", "images", "--quick"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def points(*only):
+        done = subprocess.run(
+            [*command, "--only", *only], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return len(done.stdout.splitlines()), json.loads((tmp_path / "growth.json").read_text())["points"]
+
+    lines, first = points("name", "shots")
+    assert lines == 2 and [(point["panel"], point["x"]) for point in first] == [("name", 2), ("shots", 1)]
+    for point in first:
+        assert point["seconds"] > 0 and point["limit_s"] > 0 and point["peak_memory_bytes"] > 2**20, point
+    assert first[1]["detail"]["steps"] == 20  # of the fast recipe at one shot
+    first[1]["failed"] = "stopped"  # what failed is measured again
+    report = json.loads((tmp_path / "growth.json").read_text())
+    (tmp_path / "growth.json").write_text(json.dumps({**report, "points": first}))
+    lines, second = points("name", "shots")
+    assert lines == 1 and second[0] == first[0] and "failed" not in second[1]
+    assert 10_000 < (tmp_path / "images" / "growth.png").stat().st_size < 200_000
+
+
 def test_training():
     results = run("training.py", "--size", "tiny", "--classes", 4, "--shots", 2, "--public_steps", 1)
     assert results["paper_steps"] == 0 or results["paper"]["extrapolated_from_steps"] > 0
