@@ -151,6 +151,9 @@ def plot(points: list[dict], path: str) -> None:
     for axes, (panel, (title, x_label, y_label)) in zip(figure.subplots(2, 4).flat, TITLES.items()):
         own = [p for p in points if p["panel"] == ("classes" if panel == "memory" else panel) and "failed" not in p]
         own.sort(key=lambda point: point["x"])
+        axes.set_visible(bool(own))
+        if not own:
+            continue
         xs = [p["detail"]["mean_name_tokens"] if panel == "name" else p["x"] for p in own]
         if panel == "memory":
             lines = [[p["peak_memory_bytes"] / 2**30 for p in own]]
