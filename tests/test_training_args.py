@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from coop_hf import CoOpTrainingArguments
-from coop_hf.training.arguments import fast_rate, fast_steps, paper_epochs
+from coop_hf.training.arguments import fast_steps, paper_epochs
 
 
 def test_the_papers_recipe(tmp_path):
@@ -43,7 +43,7 @@ def test_the_fast_recipe_takes_all_images_at_once(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast")
     args.complete(321, 16, 20, 0.02)
     assert args.per_device_train_batch_size == 321 and args.max_steps == 200
-    assert args.learning_rate == pytest.approx(0.1 * 0.02)  # in units of the token embeddings
+    assert args.learning_rate == pytest.approx(0.05 * 0.02)  # in units of the token embeddings
     assert (args.variant, args.adam_beta2) == ("tensor_adam", 0.99)
     assert "one second moment for a tensor" in args.describe(200)["hyperparameters"]["optimizer"]
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast", num_train_epochs=7)
@@ -82,15 +82,6 @@ def test_shots_of_the_fast_recipe_are_a_mean_or_given(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), adam_beta2=0.9)
     args.complete(50, 31, 20, 0.02)
     assert (args.variant, args.adam_beta2) == ("tensor_adam", 0.9)
-
-
-def test_the_fast_recipes_rate_follows_the_shots(tmp_path):
-    rates = [fast_rate(shots) for shots in (0.5, 1, 8, 12, 16, 10_000)]
-    assert rates == pytest.approx([0.05, 0.05, 0.05, 0.075, 0.1, 0.1])
-    for values, rate in [({}, 0.0625), ({"num_shots": 4}, 0.05), ({"num_shots": 16}, 0.1)]:
-        args = CoOpTrainingArguments(str(tmp_path), **values)
-        args.complete(num_images=200, num_shots=31, num_classes=20, embedding_size=0.02)
-        assert args.learning_rate == pytest.approx(0.02 * rate)
 
 
 def test_accumulated_steps_share_the_recipes_batch(tmp_path):

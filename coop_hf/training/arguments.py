@@ -20,7 +20,6 @@ __all__ = [
     "PAPER_RECIPES",
     "PAPER_WARMUP_LR",
     "RECIPES",
-    "fast_rate",
     "fast_steps",
     "get_recipe",
     "paper_epochs",
@@ -40,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim": "adamw_torch",
         "variant": "tensor_adam",
         "adam_beta2": 0.99,  # at most 200 steps: Adam's 0.999 would remember the first, largest gradients to the end
-        "learning_rate": None,  # fast_rate times the size of a token embedding
+        "learning_rate": None,  # FAST_LEARNING_RATE times the size of a token embedding
         "weight_decay": 0.0,
         "batch_size": 16384,
         "max_steps": 200,  # at most, see fast_steps
@@ -75,6 +74,10 @@ VARIANTS: dict[str, tuple[type[torch.optim.Optimizer], str]] = {
 
 # Methods whose own loss is not cross-entropy.
 METHOD_OBJECTIVES = {"clap": "clap", "tcp": "kgcoop"}
+
+# How far a step goes: what is right depends on how large the values are that the context stands beside. In units of
+# the token embeddings' root mean square.
+FAST_LEARNING_RATE = 0.05
 
 PAPER_WARMUP_LR = 1e-5  # constant during the first epoch
 
@@ -115,15 +118,6 @@ def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "c
     return values
 
 
-def fast_rate(num_shots: float) -> float:
-    """Learning rate of the fast recipe: 0.05 up to 8 shots, twice as much from 16 on, and in between on a line.
-
-    In units of the token embeddings' root mean square: how far a step may go depends on how large the values are that
-    the context stands beside. Steps end at 200, and many images bear to be followed further than that.
-    """
-    return 0.05 * min(2.0, max(1.0, num_shots / 8))
-
-
 @dataclass
 class CoOpTrainingArguments(TrainingArguments):
     """Arguments of a CoOp training: those of [`transformers.TrainingArguments`], with other defaults, and some more.
@@ -138,8 +132,8 @@ class CoOpTrainingArguments(TrainingArguments):
             that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views, and test images
             are cropped as there (to the pixel; `predict` and `"fast"` crop as the base's own image processor does).
             `"fast"`: the same loss, all images at every step, 20 steps for 1 shot to 200 for 16 and more
-            (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 to 0.1 (`fast_rate`) times the
-            root mean square of the token embeddings, on cached embeddings of the plain views.
+            (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 times the root mean square of
+            the token embeddings, on cached embeddings of the plain views.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
         objective (`str` or `Callable`, *optional*, defaults to the method's own):
@@ -336,9 +330,8 @@ class CoOpTrainingArguments(TrainingArguments):
             raise ValueError(
                 "load_best_model_at_end takes one checkpoint, and `average_mean` a mean over epochs: leave one out."
             )
-        mean_shots = self.num_shots or num_images / num_classes
         if self.learning_rate is None:
-            self.learning_rate = fast_rate(mean_shots) * embedding_size
+            self.learning_rate = FAST_LEARNING_RATE * embedding_size
         if self.per_device_train_batch_size is None:
             is_cached = self.cache_features if is_cached is None else is_cached
             batch_size = recipe["batch_size"]
@@ -352,7 +345,7 @@ class CoOpTrainingArguments(TrainingArguments):
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
-                    self.max_steps = fast_steps(mean_shots, recipe["max_steps"])
+                    self.max_steps = fast_steps(self.num_shots or num_images / num_classes, recipe["max_steps"])
 
     def describe(self, num_steps: int) -> dict:
         """What a model card says of a training: `seed`, `hyperparameters` and `hardware`."""
