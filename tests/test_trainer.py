@@ -138,8 +138,8 @@ def test_the_fast_recipe_is_full_batch_and_written_out(base, processor, tmp_path
         loss = model(image_embeds=data.image_embeds[0], labels=data.labels).loss
         gradient = torch.autograd.grad(loss, model.context)[0].double()
         first = 0.9 * first + 0.1 * gradient
-        second = 0.99 * second + 0.01 * float((gradient**2).sum()) / (context.shape[-2] * context.shape[-1])
-        root = math.sqrt(second / (1 - 0.99 ** (step + 1)))
+        second = 0.999 * second + 0.001 * float((gradient**2).sum()) / (context.shape[-2] * context.shape[-1])
+        root = math.sqrt(second / (1 - 0.999 ** (step + 1)))
         context = context - rate * first / (1 - 0.9 ** (step + 1)) / (root + 1e-8)
     model = make_model(base, processor, **config)
     result = trained(model, tmp_path, data, recipe="fast", max_steps=6, learning_rate=0.02)

@@ -38,7 +38,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {
         "optim": "adamw_torch",
         "variant": "tensor_adam",
-        "adam_beta2": 0.99,  # at most 200 steps: Adam's 0.999 would remember the first, largest gradients to the end
         "learning_rate": None,  # FAST_LEARNING_RATE times the size of a token embedding
         "weight_decay": 0.0,
         "batch_size": 16384,
@@ -213,7 +212,6 @@ class CoOpTrainingArguments(TrainingArguments):
     )
     optim: str | None = field(default=None, metadata={"help": "Defaults to the recipe's."})
     adam_epsilon: float | None = field(default=None, metadata={"help": "Defaults to the recipe's, else 1e-8."})
-    adam_beta2: float | None = field(default=None, metadata={"help": "Defaults to the recipe's, else 0.999."})
     weight_decay: float | None = field(default=None, metadata={"help": "Defaults to the recipe's."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Defaults to the recipe's cosine."})
 
@@ -257,13 +255,11 @@ class CoOpTrainingArguments(TrainingArguments):
                 f"got {self.average_mean!r} and {self.average_std!r}."
             )
         # What is not set follows from the method, which only the trainer knows.
-        names = ["optim", "optim_args", "learning_rate", "weight_decay", "num_train_epochs"]
-        names += ["adam_beta2", "adam_epsilon", "objective", "average_mean", "average_std"]
+        names = ["optim", "optim_args", "learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"]
+        names += ["objective", "average_mean", "average_std"]
         self._taken = {name: None for name in names if getattr(self, name) is None}
-        if self.optim is not None:  # the recipe's momentum and decays are not handed to another optimizer
-            self._taken.pop("optim_args", None)
-            if self._taken.pop("adam_beta2", 0.0) is None:
-                self.adam_beta2 = 0.999
+        if self.optim is not None:
+            self._taken.pop("optim_args", None)  # SGD's momentum is not handed to another optimizer
         self._take_recipe("coop")
         # The paper's schedule moves once an epoch, which no scheduler of transformers does.
         self.steps_by_epoch = self.lr_scheduler_type is None and self.recipe == "paper"
@@ -279,7 +275,7 @@ class CoOpTrainingArguments(TrainingArguments):
         own = METHOD_OBJECTIVES.get(method, "cross_entropy")
         objective: Any = own if "objective" in self._taken else self.objective
         recipe = get_recipe(self.recipe, method, objective)
-        values = {"adam_beta2": 0.999, "adam_epsilon": 1e-8, **recipe, "objective": objective}
+        values = {"adam_epsilon": 1e-8, **recipe, "objective": objective}
         for name, taken in self._taken.items():
             if getattr(self, name) == taken:  # else somebody has set it since
                 self._taken[name] = values.get(name)
