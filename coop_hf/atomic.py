@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-__all__ = ["leftovers", "locked", "save_tensors", "write_atomically", "write_together"]
+__all__ = ["leftovers", "locked", "save_tensors", "write_atomically", "write_text", "write_together"]
 
 # Temporary files of this age belong to a process that was killed: no file here takes an hour to write.
 LEFTOVER_SECONDS = 3600
@@ -32,6 +32,12 @@ def write_atomically(path: str | os.PathLike) -> Iterator[str]:
     """Yields a temporary path beside `path`, which takes its place, whole, when the block ends without an error."""
     with write_together(path) as (temporary,):
         yield temporary
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, which appears whole or not at all; line ends stay as they are."""
+    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..atomic import write_atomically
+from ..atomic import write_text
 from ..checks import check_class_names, clean_class_name
 from ..core.layout import encode_words, fill_template
 from .zero_shot import _TEXTS, family_of, get_tokenizer, mean_text_embeddings
@@ -137,10 +137,7 @@ def write_prompts(path: str | os.PathLike, prompts: dict[str, list[str]]) -> Non
         ValueError: no classes, a class with an empty list, or an empty sentence.
     """
     _check_prompts(prompts, "`prompts`")
-    with write_atomically(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(prompts, file, indent=4, ensure_ascii=False)
-            file.write("\n")
+    write_text(path, json.dumps(prompts, indent=4, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------- embeddings

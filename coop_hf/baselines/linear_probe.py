@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from ..atomic import save_tensors, write_atomically
+from ..atomic import save_tensors, write_atomically, write_text
 from ..checks import check_class_names
 from ..hub import find_file
 from ..version import __version__
@@ -130,9 +130,8 @@ class LinearProbe:
         tensors = {"weight": self.weight.detach().cpu().contiguous(), "bias": self.bias.detach().cpu().contiguous()}
         with write_atomically(os.path.join(save_directory, WEIGHTS_NAME)) as path:
             save_tensors(tensors, path, metadata={"format": "pt"})
-        with write_atomically(os.path.join(save_directory, CONFIG_NAME)) as path:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_text(os.path.join(save_directory, CONFIG_NAME), text)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> "LinearProbe":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from ..atomic import write_atomically
+from ..atomic import write_text
 from ..modeling import CoOpModel
 from ..version import __version__
 from .methods import Method, Options
@@ -156,10 +156,7 @@ def run_cells(
         results["cells"].append({"cell": cell, **found, "date": date})
         results["cells"].sort(key=lambda entry: place.get(_key(entry), len(place) + 1))
         results["environment"] = environment()
-        with write_atomically(path) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(results, file, indent=1, ensure_ascii=False)
-                file.write("\n")
+        write_text(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         scores = ", ".join(f"{key} {100 * value:.1f} %" for key, value in found["scores"].items())
         line(cell, f"{scores} ({found['seconds']:.1f} s)")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import write_atomically
+from ..atomic import write_text
 from . import report, report_plots
 
 
@@ -299,9 +299,7 @@ def write_report(results: dict, folder: str) -> str:
         "benchmark.html": lambda: page(results),
     }
     for name, text in texts.items():
-        with write_atomically(os.path.join(folder, name)) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text())
+        write_text(os.path.join(folder, name), text())
     shown = [
         report.table(*report.accuracy_table(results, protocol, data, report.main_test(protocol)))
         for protocol, data in report.pairs(results)

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from ..atomic import write_atomically
+from ..atomic import write_text
 from .card_text import (
     METADATA_KEYS,
     _checked,
@@ -88,8 +88,7 @@ def write_card(
         warnings.warn(f"{path} is left as it is: {error}", stacklevel=2)
         return path
     if text != existing:
-        with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        write_text(path, text)
     return path
 
 
