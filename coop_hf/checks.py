@@ -40,6 +40,13 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_counts(**values: Any) -> None:
+    """Raises `ValueError` for an argument that is not a whole number of at least 1."""
+    for name, value in values.items():
+        if not is_int(value) or value < 1:
+            raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+
+
 def shown(value: Any) -> str:
     """A value in an error message, at a bounded length."""
     text = repr(value)

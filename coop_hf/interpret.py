@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch.nn import functional as F
 
+from .checks import check_counts
+
 
 __all__ = ["format_nearest_tokens", "nearest_rows", "nearest_tokens", "readable_token"]
 
@@ -44,8 +46,7 @@ def nearest_rows(
     """
     if metric not in METRICS:
         raise ValueError(f"`metric` must be one of {', '.join(map(repr, METRICS))}, got {metric!r}.")
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise ValueError(f"`top_k` must be a positive whole number, got {top_k!r}.")
+    check_counts(top_k=top_k)
     vectors = vectors.detach().to(table.device).float()
     top_k = min(top_k, len(table))
     width = min(top_k + _SPARE, len(table))

@@ -5,6 +5,7 @@ from typing import Any
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
+from .checks import check_counts
 from .data.transforms import decode_image, eval_transform
 from .modeling import CoOpModel
 
@@ -65,8 +66,8 @@ class CoOpImageClassificationPipeline(Pipeline):
             raise ValueError(
                 f"unknown argument {', '.join(map(repr, unknown))}: this pipeline knows `top_k` and `timeout`."
             )
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"`top_k` must be a positive whole number, got {top_k!r}.")
+        if top_k is not None:
+            check_counts(top_k=top_k)
         return (
             {} if timeout is None else {"timeout": timeout},
             {},

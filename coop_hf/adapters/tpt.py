@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import is_int
+from ..checks import check_counts
 from ..core import shared_prefix
 from ..core.class_prompts import ClassPrompts
 from ..core.layout import encode_words, make_layout
@@ -97,9 +97,7 @@ def tpt(
     Raises:
         ValueError: an adapter that is not a unified CoOp context, a bad option, or an image that cannot be read.
     """
-    for name, number in (("num_views", num_views), ("num_steps", num_steps), ("batch_size", batch_size)):
-        if not is_int(number) or number < 1:
-            raise ValueError(f"`{name}` must be a positive whole number, got {number!r}.")
+    check_counts(num_views=num_views, num_steps=num_steps, batch_size=batch_size)
     if not 0 < share <= 1:
         raise ValueError(f"`share` must be above 0 and at most 1, got {share!r}.")
     if (images is None) == (views is None):

@@ -17,7 +17,7 @@ from accelerate.utils import align_module_device
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..checks import check_class_names, clean_class_name
+from ..checks import check_class_names, check_counts, clean_class_name
 from ..config import CoOpConfig
 from ..core.layout import encode_words, special_token_ids, split_context
 from ..interpret import nearest_rows
@@ -214,11 +214,6 @@ class _Search:
         return DiscretePrompt(*text, list(token_ids), self.layout.class_token_position, loss, accuracy, **more)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
-
-
 def autoprompt(
     model: CoOpModel,
     image_embeds: torch.Tensor,
@@ -278,15 +273,9 @@ def autoprompt(
             raise ValueError(f"init={init!r} has {len(start)} tokens, and num_tokens is {num_tokens}.")
         num_tokens = len(start)
     num_tokens = 4 if num_tokens is None else num_tokens
-    for name, value in (
-        ("num_tokens", num_tokens),
-        ("num_steps", num_steps),
-        ("top_k", top_k),
-        ("candidate_batch_size", candidate_batch_size),
-    ):
-        _check_count(name, value)
+    check_counts(num_tokens=num_tokens, num_steps=num_steps, top_k=top_k, candidate_batch_size=candidate_batch_size)
     if batch_size is not None:
-        _check_count("batch_size", batch_size)
+        check_counts(batch_size=batch_size)
     if objective not in ("loss", "accuracy"):
         raise ValueError(f"`objective` must be 'loss' or 'accuracy', got {objective!r}.")
     search = _Search(model, class_names, class_token_position, num_tokens, image_embeds, labels)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..atomic import write_text
-from ..checks import check_class_names, clean_class_name
+from ..checks import check_class_names, check_counts, clean_class_name
 from ..core.layout import encode_words, fill_template
 from .zero_shot import _TEXTS, family_of, get_tokenizer, mean_text_embeddings
 
@@ -313,14 +313,9 @@ def generate_prompts(
     questions = [questions] if isinstance(questions, str) else list(questions)
     if not questions:
         raise ValueError('`questions` is empty: pass at least one, such as "What does a {} look like?".')
-    for name, value in (
-        ("num_sentences", num_sentences),
-        ("max_new_tokens", max_new_tokens),
-        ("batch_size", batch_size),
-        ("max_rounds", max_rounds),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+    check_counts(
+        num_sentences=num_sentences, max_new_tokens=max_new_tokens, batch_size=batch_size, max_rounds=max_rounds
+    )
     if temperature < 0:
         raise ValueError(f"`temperature` must be 0 or more, got {temperature!r}.")
     for question in questions:

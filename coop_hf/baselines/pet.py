@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..adapters.coop import init_context
+from ..checks import check_counts
 from ..modeling import CoOpModel
 from .zero_shot import class_embeddings, zero_shot_logits
 
@@ -197,9 +198,7 @@ def fit_pet(
     >>> model.save_pretrained("student")
     ```
     """
-    for name, value, least in (("num_rounds", num_rounds, 1), ("num_steps", num_steps, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+    check_counts(num_rounds=num_rounds, num_steps=num_steps)
     if not label_weight >= 0 or not growth >= 1:
         raise ValueError(f"`label_weight` must be at least 0 and `growth` at least 1, got {label_weight}, {growth}.")
     if not model.context.requires_grad:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..checks import check_class_names
+from ..checks import check_class_names, check_counts
 from ..core.class_prompts import ClassPrompts
 from ..core.families import Family, get_family
 from ..core.layout import fill_template, tokenize_texts
@@ -82,8 +82,7 @@ def encode_texts(
     family, tokenizer = family_of(model), get_tokenizer(model, tokenizer)
     if isinstance(texts, str) or len(texts) == 0:
         raise ValueError(f"`texts` must be a list of at least one string, got {texts!r}.")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a positive whole number, got {batch_size!r}.")
+    check_counts(batch_size=batch_size)
     base = family.base_model
     was_training = base.training
     base.eval()

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_counts
+
 
 __all__ = ["plot_confusion_matrix", "plot_few_shot_curves", "plot_gains", "plot_predictions"]
 
@@ -392,8 +394,7 @@ def plot_predictions(
     ```
     """
     path = _check_path(path)
-    if not isinstance(columns, int) or columns < 1:
-        raise ValueError(f"`columns` must be a positive whole number, got {columns!r}.")
+    check_counts(columns=columns)
     if len(images) == 0 or not len(images) == len(before) == len(after) == len(labels):
         raise ValueError(
             "there must be as many images, predictions before and after, and labels, at least one; got "
