@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -99,13 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: note(
-                f"coop-hf {name}: {message}"
-            )  # without a place in code
+            # without a place in code
+            warnings.showwarning = lambda message, *_, **__: note(f"coop-hf {name}: {message}")
             run_command(lambda: run(options), f"coop-hf {name}")
-        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"coop-hf {name}: stopped.", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,8 +51,9 @@ def run_command(main: Callable[[], None], name: str | None = None) -> None:
     """
     try:
         main()
-    except BrokenPipeError:  # whoever read the output has seen enough; no mistake
-        raise
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
         raised_in = os.path.realpath(traceback.extract_tb(error.__traceback__)[-1].filename)
         own = (_PACKAGE, os.path.realpath(sys.argv[0]))
