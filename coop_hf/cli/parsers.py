@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-__all__ = ["HelpFormatter", "Parser", "add_screen_arguments", "note", "print_json", "print_table"]
+__all__ = ["HelpFormatter", "Parser", "add_screen_arguments", "hide_weights_bar", "note", "print_json", "print_table"]
 
 
 def _kind(action: argparse.Action) -> str:
@@ -64,6 +64,15 @@ def note(text: str, quiet: bool = False) -> None:
     """A line for the person at the screen; results alone go to stdout."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
+
+
+def hide_weights_bar() -> None:
+    """No progress bar where weights are read, which takes a moment; of downloads it stays."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .parsers import Parser, add_screen_arguments, note, print_json
-from .use import add_adapter_arguments, load_adapter
+from .use import add_adapter_arguments, add_class_arguments, class_names_of, load_adapter, source_of
 
 
 __all__ = [
@@ -122,7 +122,7 @@ def run_pull(options: Namespace) -> None:
 
     if os.path.exists(os.path.join(options.folder, ADAPTER_CONFIG_NAME)) and not options.overwrite:
         raise ValueError(f"there is an adapter in {options.folder!r}: name another folder, or pass --overwrite.")
-    source = {key: getattr(options, key) for key in ("revision", "subfolder") if getattr(options, key)}
+    source = source_of(options)
     config, tensors = read_adapter(options.repo_id, **source)
     base = config.base_model_name_or_path
     if options.base_model is not None:
@@ -164,16 +164,13 @@ def export_parser(prog: str) -> Parser:
     add_adapter_arguments(parser)
     parser.add_argument("output", metavar="OUTPUT", help="file or folder to write")
     parser.add_argument("--to", choices=TARGETS, help="what to write (default: by the ending .onnx or .pt2)")
-    parser.add_argument("--class_names", help="other classes than it was learned on: a,b,c")
-    parser.add_argument("--class_names_file", help="the same from a file, a name in each line")
+    add_class_arguments(parser)
     add_screen_arguments(parser)
     return parser
 
 
 def run_export(options: Namespace) -> None:
     """Writes the file or folder."""
-    from .use import _class_names
-
     ending = os.path.splitext(options.output)[1]
     to = options.to or {".onnx": "onnx", ".pt2": "torch"}.get(ending)
     if to is None:
@@ -183,7 +180,7 @@ def run_export(options: Namespace) -> None:
         raise FileNotFoundError(f"there is no folder {parent!r} to write {os.path.basename(options.output)!r} into.")
     if to in ("onnx", "torch") and os.path.isdir(options.output):
         raise ValueError(f"{options.output!r} is a folder; --to {to} writes a file.")
-    model = load_adapter(options, _class_names(options))
+    model = load_adapter(options, class_names_of(options))
     if to == "onnx":
         from ..deploy.export import export_onnx
 

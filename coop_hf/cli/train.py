@@ -21,9 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import huggingface_hub.utils
 from transformers import HfArgumentParser, set_seed
-from transformers.utils import logging
 
 from ..adapters import ADAPTERS
 from ..adapters.heads import Head
@@ -37,7 +35,7 @@ from ..modeling import CoOpModel
 from ..training.arguments import CoOpTrainingArguments
 from ..training.screen import TrainingScreen
 from ..training.trainer import CoOpTrainer
-from .parsers import HelpFormatter, add_screen_arguments, note, print_json, print_table
+from .parsers import HelpFormatter, add_screen_arguments, hide_weights_bar, note, print_json, print_table
 
 
 __all__ = ["TrainParser", "main", "run_train", "train_parser"]
@@ -57,11 +55,6 @@ GROUPS = {
 
 # In a line, for the arguments that come from elsewhere with more words, or none.
 _HELP = {
-    "method": "what is learned, see below (default: coop)",
-    "base_model": "Hub id or folder of a CLIP-like model (default: the emoji CLIP)",
-    "base_model_revision": "revision of it on the Hub",
-    "dtype": "of the frozen base: float32, bfloat16, float16",
-    "template": 'hand-written prompt to compare with (default: "a photo of a {}.")',
     "objective": "cross_entropy, kgcoop, prograd, promptsrc, sigmoid",
     "dataset": "the same as IMAGES",
     "num_shots": "images of each class to learn from; 0: all",
@@ -109,14 +102,14 @@ _USAGE = "%(prog)s [IMAGES] [--method METHOD] [--base_model MODEL] ..."
 class ModelArguments:
     """Which base model, and which method."""
 
-    method: str = field(default="coop", metadata={"help": f"What is learned: {', '.join(ADAPTERS)}."})
+    method: str = field(default="coop", metadata={"help": "what is learned, see below (default: coop)"})
     base_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a CLIP-like model. Default: the embedded emoji CLIP."}
+        default=None, metadata={"help": "Hub id or folder of a CLIP-like model (default: the emoji CLIP)"}
     )
-    base_model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16, for the frozen base."})
+    base_model_revision: str | None = field(default=None, metadata={"help": "revision of it on the Hub"})
+    dtype: str = field(default="float32", metadata={"help": "of the frozen base: float32, bfloat16, float16"})
     template: str | None = field(
-        default=None, metadata={"help": 'Hand-written prompt to compare with. Default: "a photo of a {}."'}
+        default=None, metadata={"help": 'hand-written prompt to compare with (default: "a photo of a {}.")'}
     )
 
 
@@ -149,10 +142,8 @@ class TrainParser(HfArgumentParser):
         with a line."""
         args = sys.argv[1:] if args is None else args
         if {"--help", "-h", "--help-all"} & set(args):
-            method = self.parse_known_args([arg for arg in args if arg not in ("--help", "-h", "--help-all")])[
-                0
-            ].method
-            print(self.format_help(method, "--help-all" in args), end="")
+            chosen = self.parse_known_args([arg for arg in args if arg not in ("--help", "-h", "--help-all")])[0]
+            print(self.format_help(chosen.method, "--help-all" in args), end="")
             self.exit()
         chosen = self.parse_known_args(args)[0]
         kind: Any = ADAPTERS.get(chosen.method)
@@ -260,8 +251,7 @@ def run_train(options: Namespace) -> None:
     names = data.read_class_names()
     if names is None and hasattr(train.features.get(args.label_column), "names"):
         names = train.features[args.label_column].names
-    logging.disable_progress_bar()  # of the weights, which are read in a moment; of downloads it stays
-    huggingface_hub.utils.enable_progress_bars()
+    hide_weights_bar()
     model = make_model(options.model, data, args.objective, options.fields, names)
     learns = True
     if isinstance(model.adapter, Head):

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from .parsers import Parser, add_screen_arguments, note, print_json, print_table
+from .parsers import Parser, add_screen_arguments, hide_weights_bar, note, print_json, print_table
 
 
 __all__ = [
     "add_adapter_arguments",
+    "add_class_arguments",
+    "class_names_of",
     "evaluate_parser",
     "find_images",
     "load_adapter",
@@ -24,6 +26,7 @@ __all__ = [
     "run_predict",
     "run_show",
     "show_parser",
+    "source_of",
 ]
 
 FORMATS = ("table", "json", "csv")
@@ -42,6 +45,24 @@ def add_adapter_arguments(parser: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model")
 
 
+def source_of(options: Namespace) -> dict[str, str]:
+    """What was given of an adapter's revision and subfolder."""
+    return {key: getattr(options, key) for key in ("revision", "subfolder") if getattr(options, key)}
+
+
+def add_class_arguments(parser: Any) -> None:
+    """Adds class names instead of the adapter's own; [`class_names_of`] reads them."""
+    parser.add_argument("--class_names", help="other classes than it was learned on: a,b,c")
+    parser.add_argument("--class_names_file", help="the same from a file, a name in each line")
+
+
+def class_names_of(options: Namespace) -> list[str] | None:
+    """The class names that were given, or `None`."""
+    from ..experiments.commands import DataArguments
+
+    return DataArguments(class_names=options.class_names, class_names_file=options.class_names_file).read_class_names()
+
+
 def load_adapter(options: Namespace, class_names: list[str] | None = None) -> Any:
     """The model that the arguments name, on its device.
 
@@ -49,21 +70,18 @@ def load_adapter(options: Namespace, class_names: list[str] | None = None) -> An
         ValueError, OSError: it is no adapter, or it or its base cannot be loaded.
     """
     import torch
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
 
     from ..config import ADAPTER_CONFIG_NAME
     from ..hub import has_file
     from ..modeling import CoOpModel
 
-    source = {key: getattr(options, key) for key in ("revision", "subfolder") if getattr(options, key)}
+    source = source_of(options)
     if not has_file(options.adapter, ADAPTER_CONFIG_NAME, **source):
         raise ValueError(
             f"{options.adapter!r} holds no {ADAPTER_CONFIG_NAME}, so it is no adapter: `coop-hf train` learns one, "
             "and --subfolder names one that lies in a folder of it."
         )
-    logging.disable_progress_bar()  # of the weights, which are read in a moment; of downloads it stays
-    enable_progress_bars()
+    hide_weights_bar()
     more = {"dtype": options.dtype} if options.dtype else {}
     model = CoOpModel.from_pretrained(
         options.adapter, class_names=class_names, base_model=options.base_model, **source, **more
@@ -97,8 +115,7 @@ def predict_parser(prog: str) -> Parser:
     add_adapter_arguments(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders (and all below), or patterns")
     parser.add_argument("--top_k", type=int, default=1, help="classes for each image, best first")
-    parser.add_argument("--class_names", help="other classes than it was learned on: a,b,c")
-    parser.add_argument("--class_names_file", help="the same from a file, a name in each line")
+    add_class_arguments(parser)
     parser.add_argument("--format", choices=FORMATS, default="table", help="how to print")
     parser.add_argument("--output", help="write into this file instead")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
@@ -111,30 +128,25 @@ def find_images(names: list[str]) -> list[str]:
     """The images that files, folders and patterns stand for, in order; of folders and patterns sorted by name.
 
     Raises:
-        FileNotFoundError: nothing of that name, or nothing that is an image.
+        FileNotFoundError: nothing of that name, or a pattern of no image.
+        ValueError: a folder without an image.
     """
+    from ..data.inputs import image_files
     from ..data.sources import IMAGE_EXTENSIONS
-
-    def is_image(path: str) -> bool:
-        return path.lower().endswith(IMAGE_EXTENSIONS) and os.path.isfile(path)
 
     found: list[str] = []
     for name in names:
         if os.path.isdir(name):
-            below = []
-            for root, folders, files in os.walk(name):
-                folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-                below += [os.path.join(root, file) for file in sorted(files) if not file.startswith(".")]
-            own = [path for path in below if is_image(path)]
+            found += image_files(name)
         elif os.path.exists(name):
-            own = [name]
+            found.append(name)
         elif glob.has_magic(name):
-            own = [path for path in sorted(glob.glob(name, recursive=True)) if is_image(path)]
+            own = [path for path in sorted(glob.glob(name, recursive=True)) if path.lower().endswith(IMAGE_EXTENSIONS)]
+            if not own:
+                raise FileNotFoundError(f"{name!r} holds no image ({', '.join(IMAGE_EXTENSIONS)}).")
+            found += own
         else:
             raise FileNotFoundError(f"there is no file or folder {name!r}.")
-        if not own:
-            raise FileNotFoundError(f"{name!r} holds no image ({', '.join(IMAGE_EXTENSIONS)}).")
-        found += own
     return list(dict.fromkeys(found))
 
 
@@ -171,7 +183,7 @@ def run_predict(options: Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}.")
     paths = find_images(options.images)
-    model = load_adapter(options, _class_names(options))
+    model = load_adapter(options, class_names_of(options))
     if options.output is not None:
         os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
     with nullcontext() if options.output is None else write_atomically(options.output) as temporary:
@@ -179,12 +191,6 @@ def run_predict(options: Namespace) -> None:
             count = _write(_answers(model, paths, options), file, form, max(map(len, paths)))
     if options.output is not None:
         note(f"{options.output}: {count} images", options.quiet)
-
-
-def _class_names(options: Namespace) -> list[str] | None:
-    from ..experiments.commands import DataArguments
-
-    return DataArguments(class_names=options.class_names, class_names_file=options.class_names_file).read_class_names()
 
 
 def _write(answers: Iterator[list[tuple[str, list[dict]]]], file: Any, form: str, width: int) -> int:
@@ -332,8 +338,7 @@ def run_show(options: Namespace) -> None:
     from ..files.adapter_files import read_adapter
     from ..interpret import format_nearest_tokens, nearest_tokens
 
-    source = {key: getattr(options, key) for key in ("revision", "subfolder") if getattr(options, key)}
-    config, tensors = read_adapter(options.adapter, **source)
+    config, tensors = read_adapter(options.adapter, **source_of(options))
     values = config.to_dict()
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     result = {"adapter": options.adapter, "method": config.method, "config": values, "tensors": shapes}
