@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from .cells import environment, make_cells, run_cells, settings_of
 from .commands import ProtocolArguments, load_base_model, load_splits, make_options, prepare_task, protocol_splits
 from .methods import Method, Options, look_up
 from .processes import Place, answer_elsewhere, describe_methods
-from .protocols import halves, harmonic_mean, mapped_exam, usable
-from .scoring import Exam, allowed, make_exam, score
-from .tasks import Task, draw_few_shot, make_task
+from .protocols import halves, mapped_exam, usable
+from .scoring import Exam, accuracies, allowed, draw_for, make_exam, score
+from .tasks import Task, make_task
 
 
 __all__ = ["BenchmarkArguments", "Source", "benchmark", "compute_cell", "read_config", "read_sources"]
@@ -209,17 +210,9 @@ def compute_cell(
         `dict`: `scores` (accuracies), `details` of each exam (see `scoring.measure`), `allowed`, `learned_values`,
         `cost`, and the `rows` drawn.
     """
-    shots = None
-    if method.learns:
-        with_images = options.recipe != "fast" or method.sees_images
-        shots = draw_few_shot(task, cell["shots"], cell["seed"], with_images=with_images)
-    rows = None if shots is None else shots.rows
-    shots, options, seen = allowed(method, shots, options)
+    shots, options, seen = allowed(method, draw_for(method, task, options, cell), options)
     with answer_elsewhere(place, name, shots, options) as (facts, ask):
         details, image_seconds = score(ask, exams)
-    scores = {exam: found["accuracy"] for exam, found in details.items()}
-    if list(scores) == ["base", "new"]:
-        scores["H"] = harmonic_mean(scores["base"], scores["new"])
     cost = {
         "fit_seconds": round(facts["fit_seconds"], 3),
         "image_ms": round(1000 * image_seconds, 4),
@@ -228,16 +221,16 @@ def compute_cell(
         "peak_memory_bytes": facts["peak_memory_bytes"],
         "peak_gpu_memory_bytes": facts["peak_gpu_memory_bytes"],
     }
-    found = {"scores": scores, "details": details, "allowed": seen, "learned_values": facts["learned_values"]}
-    return {**found, "cost": cost, **({} if rows is None else {"rows": rows})}
+    found = {"scores": accuracies(details), "details": details, "allowed": seen}
+    found |= {"learned_values": facts["learned_values"], "cost": cost}
+    return found if shots is None else {**found, "rows": shots.rows}
 
 
 # ---------------------------------------------------------------------- the comparison
 
 
 def _hash_of(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _origin(args: BenchmarkArguments) -> dict[str, Any]:
@@ -274,7 +267,7 @@ def _run_source(
     args = source.args
     splits = protocol_splits(args, report)
     task = prepare_task(args, model, splits)
-    options = replace(make_options(args, task, args.template), validation=args.validation)
+    options = replace(make_options(args, task), validation=args.validation)
     sizes = ", ".join(f"{part} {len(labels)}" for part, (_, labels) in task.parts.items())
     report(f'\n{task.name}: {len(task.class_names)} classes; images: {sizes}; template "{options.template}"')
     found = []
@@ -343,13 +336,10 @@ def benchmark(
         for entry in found
         for cell in entry["cells"]
     ]
-    first, config = found[0]["settings"], None
-    if args.config is not None:
-        with open(args.config, encoding="utf-8") as file:
-            config = file.read()
+    first = found[0]["settings"]
     return {
         "command": command,
-        "config": config,
+        "config": None if args.config is None else Path(args.config).read_text(encoding="utf-8"),
         "settings": {
             **{key: first[key] for key in ("coop_hf", "base_model", "base_fingerprint")},
             "recipe": args.recipe,

@@ -295,24 +295,22 @@ def prepare_task(args: ProtocolArguments, model: CoOpModel, splits: dict[str, da
     return task
 
 
-def make_options(args: ProtocolArguments, task: Task, template: str | None = None) -> Options:
+def make_options(args: ProtocolArguments, task: Task) -> Options:
     """Templates and sentences of a data set, the same for all methods.
 
     Args:
-        args ([`ProtocolArguments`]): templates, recipe.
+        args ([`ProtocolArguments`]): template (without one, CoOp's for a data set of this name), recipe.
         task (`Task`): the data set, whose classes need sentences.
-        template (`str`, *optional*, defaults to `--template`, or CoOp's for a data set of this name): the template.
     """
-    template = template or args.template or HAND_TEMPLATES.get(task.name, "a photo of a {}.")
+    template = args.template or HAND_TEMPLATES.get(task.name, "a photo of a {}.")
     ensemble = EMOJI_TEMPLATES
     if not args.is_emoji:
         ensemble = tuple(dict.fromkeys((*IMAGENET_7_TEMPLATES, template)))  # as in CoOp's comparison
     cupl_file = emoji_cupl_path() if args.cupl_file is None and args.is_emoji else args.cupl_file
     cupl = None if cupl_file is None else read_prompts(cupl_file, task.class_names)
     options = Options(template, ensemble, cupl, args.recipe)
-    if args.is_emoji:  # contexts start from the template that validation chose
-        options = replace(options, words=template.split("{}")[0].strip())
-    return options
+    # Contexts for the emoji start from the template that validation chose.
+    return replace(options, words=template.split("{}")[0].strip()) if args.is_emoji else options
 
 
 def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str, Method]]:
@@ -325,11 +323,12 @@ def prepare(args: ProtocolArguments) -> tuple[CoOpModel, Task, Options, dict[str
     methods = {name: look_up(METHODS, name, "method") for name in chosen}
     splits = protocol_splits(args)
     model = load_base_model(args.base_model)
-    task, template = prepare_task(args, model, splits), args.template
-    if args.is_emoji and template is None:
+    task = prepare_task(args, model, splits)
+    if args.is_emoji and args.template is None:
         template, scores = choose_template(model, task, EMOJI_TEMPLATES)
         shown = ", ".join(f'"{text}" {100 * score:.1f}' for text, score in scores.items())
         print(f"Hand-written template, chosen on validation (zero-shot accuracy in %): {shown}")
-    options = make_options(args, task, template)
+        args = replace(args, template=template)
+    options = make_options(args, task)
     print(f'Template: "{options.template}". Images: {", ".join(f"{k} {len(v[1])}" for k, v in task.parts.items())}.')
     return model, task, options, methods

@@ -14,8 +14,8 @@ from ..checks import clean_class_name
 from ..modeling import CoOpModel
 from .cells import environment, make_cells, run_cells, settings_of
 from .methods import METHODS, Method, Options, Predictor
-from .scoring import Exam, answer_here, make_exam, score
-from .tasks import Task, draw_few_shot, select_classes
+from .scoring import Exam, accuracies, answer_here, draw_for, harmonic_mean, make_exam, score
+from .tasks import Task, select_classes
 
 
 __all__ = [
@@ -42,23 +42,14 @@ def _run(
     """Fits the method of each cell on the first data set, and scores it on all exams."""
 
     def compute(cell: dict) -> dict:
-        method, shots = methods[cell["method"]], None
-        if method.learns:
-            with_images = options.recipe != "fast" or method.sees_images
-            shots = draw_few_shot(tasks[0], cell["shots"], cell["seed"], cell.get("noise", 0.0), with_images)
+        method = methods[cell["method"]]
+        shots = draw_for(method, tasks[0], options, cell)
         with answer_here(method, model, shots, options) as (_, ask):
-            scores = {name: found["accuracy"] for name, found in score(ask, exams)[0].items()}
-        if list(scores) == ["base", "new"]:
-            scores["H"] = harmonic_mean(scores["base"], scores["new"])
+            scores = accuracies(score(ask, exams)[0])
         return {"scores": scores} if shots is None else {"scores": scores, "rows": shots.rows}
 
     settings = {**settings_of(protocol, model, tasks, options), **more}
     return run_cells(path, settings, cells, compute, overwrite, report)
-
-
-def harmonic_mean(first: float, second: float) -> float:
-    """2ab/(a + b), and 0 where both are 0."""
-    return 2 * first * second / (first + second) if first + second else 0.0
 
 
 def _test(predict: Predictor, task: Task, part: str = "test") -> float:

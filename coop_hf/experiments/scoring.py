@@ -18,10 +18,23 @@ from torch.utils.data import Subset
 from ..modeling import CoOpModel
 from ..training.metrics import classification_scores
 from .methods import Method, Options, Predictor
-from .tasks import FewShot, Task
+from .tasks import FewShot, Task, draw_few_shot
 
 
-__all__ = ["Ask", "Exam", "allowed", "answer_here", "calibration", "fit", "make_exam", "measure", "score"]
+__all__ = [
+    "Ask",
+    "Exam",
+    "accuracies",
+    "allowed",
+    "answer_here",
+    "calibration",
+    "draw_for",
+    "fit",
+    "harmonic_mean",
+    "make_exam",
+    "measure",
+    "score",
+]
 
 NUM_BINS = 15
 
@@ -129,6 +142,14 @@ def fit(method: Method, model: CoOpModel, shots: FewShot | None, options: Option
     return predict, {"fit_seconds": seconds, "learned_values": values, "sees_images": sees}
 
 
+def draw_for(method: Method, task: Task, options: Options, cell: dict[str, Any]) -> FewShot | None:
+    """What a method learns from in a cell, with images where it looks at them; `None` if it does not learn."""
+    if not method.learns:
+        return None
+    with_images = options.recipe != "fast" or method.sees_images
+    return draw_few_shot(task, cell["shots"], cell["seed"], cell.get("noise", 0.0), with_images)
+
+
 @contextmanager
 def answer_here(
     method: Method, model: CoOpModel, shots: FewShot | None, options: Options
@@ -144,6 +165,17 @@ def answer_here(
 
 
 # ---------------------------------------------------------------------- scores
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """2ab/(a + b), and 0 where both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def accuracies(details: dict[str, dict]) -> dict[str, float]:
+    """The accuracy of each exam, from what [`score`] gives; of base and new classes their harmonic mean H, too."""
+    scores = {exam: found["accuracy"] for exam, found in details.items()}
+    return {**scores, "H": harmonic_mean(**scores)} if list(scores) == ["base", "new"] else scores
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = NUM_BINS) -> tuple[float, list]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .protocols import harmonic_mean
+from .scoring import harmonic_mean
 
 
 __all__ = ["harmonic_means", "mean_and_std", "paired_difference", "t_interval", "t_quantile"]
