@@ -24,7 +24,7 @@ from .benchmark import BenchmarkArguments, Source, check_arguments, num_processe
 from .cells import make_cells
 from .commands import load_base_model, protocol_splits
 from .methods import Method
-from .report import table
+from .tables import table
 
 
 __all__ = ["Rates", "cell_seconds", "estimate", "measure_rates"]

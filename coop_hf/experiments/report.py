@@ -1,12 +1,13 @@
 """The results of a comparison as JSON, CSV, Markdown and one HTML page, all from the same numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from .benchmark import GROUPS
 from .statistics import harmonic_means, mean_and_std, paired_difference
+from .tables import percent, table
 
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
@@ -98,9 +99,9 @@ def _scores(results: dict, protocol: str, test: str, method: str, shots: int) ->
     return found
 
 
-def compare(results: dict, protocol: str, test: str, shots: int, reference: str | None = None) -> dict[str, dict]:
+def compare(results: dict, protocol: str, test: str, shots: int) -> dict[str, dict]:
     """The paired difference of each method to the reference, see `statistics.paired_difference`."""
-    reference = reference or results["settings"]["reference"]
+    reference = results["settings"]["reference"]
     theirs = _scores(results, protocol, test, reference, shots)
     found = {}
     for name in results["methods"]:
@@ -111,25 +112,6 @@ def compare(results: dict, protocol: str, test: str, shots: int, reference: str 
 
 
 # ---------------------------------------------------------------------- Markdown
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first stand to the right."""
-    widths = [max(4, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        fitted = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
-        return "| " + " | ".join(fitted) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def percent(mean: float | None, std: float | None = None) -> str:
-    """`12.3 ± 0.4`."""
-    if mean is None:
-        return ""
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def interval(difference: dict | None, which: str) -> str:
@@ -171,30 +153,18 @@ def cost_table(results: dict, protocol: str, data: str, test: str) -> Table:
     """Other measures, and costs, at the largest number of shots."""
     shots, found = accuracy_rows(results, protocol, data, test)
     rows = []
-    for _, names in by_group(results, found):
-        for name in names:
-            row = found[name].get(max(shots)) or found[name].get(0)
-            if row is None:
-                continue
-            memory, values = row["peak_memory_bytes"], row["learned_values"]
-            tower = cells_of(results, protocol=protocol, data=data, method=name)[0]["cost"]["with_image_tower"]
-            rows.append(
-                [
-                    title(results, name), percent(row["macro_f1"]), percent(row["ece"]), f"{row['fit_seconds']:.2f}",
-                    f"{row['image_ms']:.2f}{'*' if tower else ''}", f"{memory / 2**20:.0f}" if memory else "",
-                    "" if values is None else f"{values:,}",
-                ]
-            )  # fmt: skip
-    header = [
-        f"{data}, {count(max(shots))}",
-        "macro-F1, %",
-        "ECE, %",
-        "training, s",
-        "an image, ms",
-        "peak, MiB",
-        "values",
-    ]
-    return header, rows
+    for name in (name for _, names in by_group(results, found) for name in names):
+        row = found[name].get(max(shots)) or found[name].get(0)
+        if row is None:
+            continue
+        memory, values = row["peak_memory_bytes"], row["learned_values"]
+        tower = cells_of(results, protocol=protocol, data=data, method=name)[0]["cost"]["with_image_tower"]
+        scores = [percent(row["macro_f1"]), percent(row["ece"])]
+        times = [f"{row['fit_seconds']:.2f}", f"{row['image_ms']:.2f}{'*' if tower else ''}"]
+        sizes = [f"{memory / 2**20:.0f}" if memory else "", "" if values is None else f"{values:,}"]
+        rows.append([title(results, name), *scores, *times, *sizes])
+    measures = ["macro-F1, %", "ECE, %", "training, s", "an image, ms", "peak, MiB", "values"]
+    return [f"{data}, {count(max(shots))}", *measures], rows
 
 
 def difference_table(results: dict, protocol: str, test: str, shots: int) -> Table:
@@ -208,14 +178,8 @@ def difference_table(results: dict, protocol: str, test: str, shots: int) -> Tab
             d = found[name]
             points = [f"{100 * d['mean']:+.1f}", interval(d, "over_draws"), interval(d, "over_data")]
             rows.append([title(results, name), *points, str(d["pairs"])])
-    header = [
-        f"minus {reference}, {headline(test)}, {count(shots)}",
-        "points",
-        "95 % over draws",
-        "95 % over data sets",
-        "pairs",
-    ]
-    return header, rows
+    measures = ["points", "95 % over draws", "95 % over data sets", "pairs"]
+    return [f"minus {reference}, {headline(test)}, {count(shots)}", *measures], rows
 
 
 def harmonic_table(results: dict) -> Table | None:

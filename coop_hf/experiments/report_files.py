@@ -12,6 +12,7 @@ import numpy as np
 
 from ..atomic import write_text
 from . import report, report_plots
+from .tables import table
 
 
 __all__ = ["page", "write_report"]
@@ -154,10 +155,8 @@ def _data_section(results: dict, protocol: str, data: str, plots: bool) -> list[
         if test in tests:
             half = (len(names) + 1) // 2
             own = {"accuracy": names, "base": names[:half], "new": names[half:]}[test]
-            table = _heat(results, protocol, data, test, own)
-            parts.append(
-                _details(f"Accuracy of each class in %, {report.headline(test)}, {report.count(max(shots))}", table)
-            )
+            heading = f"Accuracy of each class in %, {report.headline(test)}, {report.count(max(shots))}"
+            parts.append(_details(heading, _heat(results, protocol, data, test, own)))
     return parts
 
 
@@ -301,7 +300,7 @@ def write_report(results: dict, folder: str) -> str:
     for name, text in texts.items():
         write_text(os.path.join(folder, name), text())
     shown = [
-        report.table(*report.accuracy_table(results, protocol, data, report.main_test(protocol)))
+        table(*report.accuracy_table(results, protocol, data, report.main_test(protocol)))
         for protocol, data in report.pairs(results)
     ]
     return "\n" + "\n\n".join(shown) + f"\n\nWritten to {folder}: {', '.join(texts)}"

@@ -1,17 +1,34 @@
 """Tables of results."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from .methods import Method
+from .statistics import mean_and_std
 
 
-__all__ = ["results_table", "scores_by_method", "show_table"]
+__all__ = ["percent", "results_table", "scores_by_method", "show_table", "table"]
 
 
-# ---------------------------------------------------------------------- tables
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: bool = True) -> str:
+    """A Markdown table; all columns but the first stand to the right, or to the left too."""
+    widths = [max(4, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    right = [to_the_right and i > 0 for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        fitted = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(cells, widths, right)]
+        return "| " + " | ".join(fitted) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def percent(mean: float | None, std: float | None = None) -> str:
+    """`12.3 ± 0.4`."""
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def scores_by_method(results: dict, methods: dict[str, Method], column: str) -> dict[str, dict]:
@@ -25,13 +42,13 @@ def scores_by_method(results: dict, methods: dict[str, Method], column: str) -> 
     Returns:
         `dict[str, dict[key, list[float]]]`.
     """
-    table: dict[str, dict[Any, list[float]]] = {method.title: {} for method in methods.values()}
+    found: dict[str, dict[Any, list[float]]] = {method.title: {} for method in methods.values()}
     for entry in results["cells"]:
-        by_column = table[methods[entry["cell"]["method"]].title]
+        by_column = found[methods[entry["cell"]["method"]].title]
         for name, value in entry["scores"].items():
             key = name if column == "scores" else entry["cell"].get(column)
             by_column.setdefault(key, []).append(value)
-    return {title: by_column for title, by_column in table.items() if by_column}
+    return {title: by_column for title, by_column in found.items() if by_column}
 
 
 def results_table(scores: dict[str, dict], columns: list, corner: str = "", headers: list[str] | None = None) -> str:
@@ -47,14 +64,12 @@ def results_table(scores: dict[str, dict], columns: list, corner: str = "", head
     Returns:
         `str`.
     """
-    rows = [[corner, *(headers or map(str, columns))]]
+    rows = []
     for title, by_column in scores.items():
         everywhere = by_column.get(0, by_column.get(None)) if len(by_column) == 1 else None
-        rows.append([title, *(_mean_and_spread(by_column.get(key, everywhere)) for key in columns)])
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+        own = [by_column.get(key, everywhere) for key in columns]
+        rows.append([title, *(percent(*mean_and_std(values)) if values else "" for values in own)])
+    return table([corner, *(headers or map(str, columns))], rows, to_the_right=False)
 
 
 def show_table(table: str, path: str | os.PathLike, heading: str, seeds: list[int]) -> None:
@@ -69,10 +84,3 @@ def show_table(table: str, path: str | os.PathLike, heading: str, seeds: list[in
     print(f"\n{heading}; accuracy in %, mean ± standard deviation over {len(seeds)} seeds\n\n{table}\n")
     with open(os.path.splitext(path)[0] + ".md", "w", encoding="utf-8") as file:
         file.write(table + "\n")
-
-
-def _mean_and_spread(values: list[float] | None) -> str:
-    if not values:
-        return ""
-    mean = f"{100 * np.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values, ddof=1):.1f}"
