@@ -135,11 +135,14 @@ def _choose_fonts(figure: Any) -> None:
         )
 
 
-def _tidy(axes: Any, grid: str = "both") -> None:
+def tidy(axes: Any, grid: str = "both", labelsize: float | None = None) -> None:
+    """Axes without a frame, on a grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis=grid, color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
+    if labelsize is not None:
+        axes.tick_params(labelsize=labelsize)
 
 
 def plot_few_shot_curves(
@@ -211,7 +214,7 @@ def plot_few_shot_curves(
     axes.set_ylabel("accuracy (%)")
     if title:
         axes.set_title(title)
-    _tidy(axes)
+    tidy(axes)
     axes.legend(frameon=False, fontsize=9, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}))
     return _finish(figure, path, ["method", "shots", "mean", "std", "seeds"], rows)
 
@@ -259,7 +262,7 @@ def plot_gains(
     axes.tick_params(axis="y", length=0)
     if title:
         axes.set_title(title)
-    _tidy(axes, grid="x")
+    tidy(axes, grid="x")
     axes.spines["left"].set_visible(False)
     return _finish(figure, path, ["name", "gain"], rows)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import report
+from .plotting import tidy
 
 
 __all__ = ["calibration", "curves", "differences", "gains", "has_matplotlib"]
@@ -39,12 +40,15 @@ def _svg(figure: Any) -> str:
     return re.sub(r"^.*?(?=<svg)", "", text, flags=re.S)
 
 
-def _tidy(axes: Any, grid: str = "both") -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis=grid, color="#e4e4e4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
+def _named_rows(results: dict, names: list[str], xlabel: str) -> tuple[Any, Any]:
+    """A figure and its axes for methods below one another, the last on top."""
+    figure = _figure(7.4, 0.6 + 0.235 * len(names))
+    axes = figure.add_subplot()
+    tidy(axes, "x", labelsize=8)
+    axes.set_yticks(range(len(names)), [report.title(results, name) for name in names])
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.set_xlabel(xlabel, fontsize=9)
+    return figure, axes
 
 
 def _grid(count: int, height: float = 1.75) -> tuple[Any, list[Any]]:
@@ -56,7 +60,7 @@ def _grid(count: int, height: float = 1.75) -> tuple[Any, list[Any]]:
     for rest in axes[count:]:
         rest.set_visible(False)
     for place in axes[:count]:
-        _tidy(place)
+        tidy(place, labelsize=8)
     for place in axes[max(0, count - columns) : count]:
         place.tick_params(labelbottom=True)
     return figure, list(axes[:count])
@@ -92,17 +96,12 @@ def _dots(results: dict, found: dict[str, dict[int, dict]], shots: list[int]) ->
     """One number of shots: the methods below one another, the best on top."""
     at_most = {name: own.get(max(shots)) or own.get(0) for name, own in found.items()}
     rows = sorted(((name, row) for name, row in at_most.items() if row), key=lambda item: item[1]["mean"])
-    figure = _figure(7.4, 0.6 + 0.235 * len(rows))
-    axes = figure.add_subplot()
-    _tidy(axes, "x")
+    figure, axes = _named_rows(results, [name for name, _ in rows], "accuracy, % (grey: nothing learned)")
     for place, (_, row) in enumerate(rows):
         axes.errorbar(
             100 * row["mean"], place, xerr=100 * (row["std"] or 0), color=BLUE if row["shots"] else GREY, marker="o",
             markersize=4.5, capsize=2.5, linewidth=1.3,
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [report.title(results, name) for name, _ in rows])
-    axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.set_xlabel("accuracy, % (grey: nothing learned)", fontsize=9)
     return _svg(figure)
 
 
@@ -112,19 +111,14 @@ def gains(results: dict, protocol: str, data: str, shots: int) -> str:
     rows = sorted(((d["by_data"][data], name) for name, d in found.items() if data in d["by_data"]))
     if not rows:
         return ""
-    figure = _figure(7.4, 0.6 + 0.235 * len(rows))
-    axes = figure.add_subplot()
-    _tidy(axes, "x")
+    score = "harmonic mean" if protocol == "base_to_new" else "accuracy"
+    reference = results["methods"][results["settings"]["reference"]]["title"]
+    figure, axes = _named_rows(results, [name for _, name in rows], f"gain over {reference}, {score}, points")
     values = [100 * value for value, _ in rows]
     bars = axes.barh(range(len(rows)), values, color=[BLUE if v >= 0 else RED for v in values], height=0.66)
     axes.bar_label(bars, labels=[f"{v:+.1f}".replace("-", "−") for v in values], padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), [report.title(results, name) for _, name in rows])
-    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.axvline(0, color="#333333", linewidth=0.9)
     axes.margins(x=0.12)
-    score = "harmonic mean" if protocol == "base_to_new" else "accuracy"
-    axes.set_xlabel(f"gain over {results['methods'][results['settings']['reference']]['title']}, {score}, points")
-    axes.xaxis.label.set_size(9)
     return _svg(figure)
 
 
@@ -136,9 +130,8 @@ def differences(results: dict, protocol: str, test: str, shots: int) -> str:
     ends = [100 * e for _, d in found for e in (*(d["over_draws"] or ()), d["mean"])]
     low, high = min(0, *ends), max(0, *ends)
     room = 0.35 * max(high - low, 1)
-    figure = _figure(7.4, 0.6 + 0.235 * len(found))
-    axes = figure.add_subplot()
-    _tidy(axes, "x")
+    xlabel = "difference, points (open: with knowledge from outside)"
+    figure, axes = _named_rows(results, [name for name, _ in found], xlabel)
     for place, (name, difference) in enumerate(found):
         outside = results["methods"][name]["group"] == report.GROUPS[2]
         for which, width, colour in (("over_data", 1.0, GREY), ("over_draws", 3.2, BLUE)):
@@ -147,10 +140,7 @@ def differences(results: dict, protocol: str, test: str, shots: int) -> str:
         fill = "white" if outside else BLUE
         axes.plot(100 * difference["mean"], place, "o", color=BLUE, markerfacecolor=fill, markersize=5, zorder=4)
     axes.set_xlim(low - room, high + room)  # what is wider than the plot runs out of it
-    axes.set_yticks(range(len(found)), [report.title(results, name) for name, _ in found])
-    axes.set_ylim(-0.7, len(found) - 0.3)
     axes.axvline(0, color="#333333", linewidth=0.9)
-    axes.set_xlabel("difference, points (open: with knowledge from outside)", fontsize=9)
     return _svg(figure)
 
 
