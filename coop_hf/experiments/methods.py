@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -128,10 +128,28 @@ class Method:
     chooses: bool = False
 
 
-def _holding(predict: Predictor, values: int) -> Predictor:
-    """A function that knows how many values its method has learned."""
-    predict.learned_values = values  # type: ignore[attr-defined]
+def _holding(predict: Predictor, values: int, sees_images: bool = False) -> Predictor:
+    """A function that knows how many values its method has learned, and whether it takes images."""
+    predict.learned_values, predict.sees_images = values, sees_images  # type: ignore[attr-defined]
     return predict
+
+
+def _for_its_classes(predict: Predictor, shots: FewShot, what: str) -> Predictor:
+    """A function that refuses other classes than its method was fitted on."""
+
+    def predict_own(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
+        if list(names) != list(shots.class_names):
+            raise ValueError(f"a {what} scores the classes that it was fitted on, and no others.")
+        return predict(image_embeds, names)
+
+    return predict_own
+
+
+def _batches(images: Any, device: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The inputs of an image tower, `BATCH_SIZE` images at a time."""
+    for start in range(0, len(images), BATCH_SIZE):
+        inputs = collate([images[row] for row in range(start, min(start + BATCH_SIZE, len(images)))])
+        yield {name: value.to(device) for name, value in inputs.items() if name != "labels"}
 
 
 def _from_texts(model: CoOpModel, embed: Callable[[list[str]], torch.Tensor]) -> Predictor:
@@ -155,18 +173,12 @@ def _fit_cupl(model: CoOpModel, shots: FewShot | None, options: Options) -> Pred
 
 
 def _fit_probe(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
-    val: Any = (shots.val_embeds, shots.val_labels)
-    more: dict[str, Any] = {}
+    train, val = (shots.image_embeds, shots.labels), (shots.val_embeds, shots.val_labels)
+    more: dict[str, Any] = {"class_names": shots.class_names}
     if options.validation == "none":  # a fixed strength; what it is then measured on chooses nothing
-        val, more = (shots.image_embeds, shots.labels), {"coarse": [PROBE_C], "num_steps": 0}
-    more["class_names"] = shots.class_names
-    probe = fit_linear_probe(shots.image_embeds, shots.labels, val[0], val[1], **more)
-
-    def predict(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
-        if list(names) != list(shots.class_names):
-            raise ValueError("a linear probe scores the classes that it was fitted on, and no others.")
-        return probe.logits(image_embeds)
-
+        val, more = train, {**more, "coarse": [PROBE_C], "num_steps": 0}
+    probe = fit_linear_probe(*train, *val, **more)
+    predict = _for_its_classes(lambda image_embeds, _: probe.logits(image_embeds), shots, "linear probe")
     return _holding(predict, probe.weight.numel() + probe.bias.numel())
 
 
@@ -237,22 +249,14 @@ def _predict_with(student: CoOpModel) -> Predictor:
     def predict(images: Any, names: list[str]) -> torch.Tensor:
         if list(names) != student.class_names:
             student.set_class_names(list(names))
-        size = BATCH_SIZE if sees_images or student.adapter.reads_image else len(images)
-        found = []
-        for start in range(0, len(images), size):
-            rows = range(start, min(start + size, len(images)))
-            if sees_images:
-                inputs = collate([images[row] for row in rows])
-                inputs.pop("labels", None)
-                inputs = {name: value.to(student.device) for name, value in inputs.items()}
-            else:
-                inputs = {"image_embeds": images[rows.start : rows.stop]}
-            found.append(student(**inputs).logits)
-        return torch.cat(found)
+        if sees_images:
+            inputs: Any = _batches(images, student.device)
+        else:
+            parts = images.split(BATCH_SIZE) if student.adapter.reads_image else [images]
+            inputs = ({"image_embeds": part} for part in parts)
+        return torch.cat([student(**batch).logits for batch in inputs])
 
-    if sees_images:
-        predict.sees_images = True  # type: ignore[attr-defined]
-    return _holding(predict, sum(tensor.numel() for tensor in student.adapter.learned_state().values()))
+    return _holding(predict, sum(value.numel() for value in student.adapter.learned_state().values()), sees_images)
 
 
 def _fit_learner(model: CoOpModel, shots: FewShot, options: Options, **arguments: Any) -> Predictor:
@@ -294,13 +298,7 @@ def _fit_head(model: CoOpModel, shots: FewShot, options: Options, method: str) -
     val = (shots.val_embeds, shots.val_labels) if options.validation == "few" and len(shots.val_labels) else ()
     fit_head(student, shots.image_embeds, shots.labels, None, *val, seed=shots.seed)
     predict = _predict_with(student)
-
-    def predict_own(image_embeds: torch.Tensor, names: list[str]) -> torch.Tensor:
-        if list(names) != list(shots.class_names):
-            raise ValueError("a head scores the classes that it was fitted on, and no others.")
-        return predict(image_embeds, names)
-
-    return _holding(predict_own, predict.learned_values)  # type: ignore[attr-defined]
+    return _holding(_for_its_classes(predict, shots, "head"), predict.learned_values)  # type: ignore[attr-defined]
 
 
 def _fit_tpt(model: CoOpModel, shots: FewShot | None, options: Options) -> Predictor:
@@ -312,8 +310,7 @@ def _fit_tpt(model: CoOpModel, shots: FewShot | None, options: Options) -> Predi
         with student.disable_adapter():
             return tpt(student, _Decoded(images), ctx_init=options.words).logits
 
-    predict.sees_images = True  # type: ignore[attr-defined]
-    return predict
+    return _holding(predict, 0, sees_images=True)
 
 
 class _Decoded:
@@ -348,16 +345,11 @@ def _fit_clip_lora(model: CoOpModel, shots: FewShot, options: Options) -> Predic
     base = fit_clip_lora(model, images, options.template, steps, seed=shots.seed)
 
     def predict(images: Any, names: list[str]) -> torch.Tensor:
-        embeds, found = class_embeddings(base, model.tokenizer, names, options.template), []
-        for start in range(0, len(images), BATCH_SIZE):
-            inputs = collate([images[row] for row in range(start, min(start + BATCH_SIZE, len(images)))])
-            inputs.pop("labels", None)
-            found.append(zero_shot_logits(base, embeds, **inputs))
-        return torch.cat(found)
+        embeds = class_embeddings(base, model.tokenizer, names, options.template)
+        return torch.cat([zero_shot_logits(base, embeds, **inputs) for inputs in _batches(images, model.device)])
 
-    predict.sees_images = True  # type: ignore[attr-defined]
     lora = sum(value.numel() for name, value in base.named_parameters() if "lora_" in name)
-    return _holding(predict, lora)
+    return _holding(predict, lora, sees_images=True)
 
 
 def _fit_pet(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:

@@ -171,15 +171,8 @@ def select_classes(task: Task, classes: list[int], name: str | None = None) -> T
                 for part, own in zip(("train", "validation"), drawn, strict=True)
             )
     names = [task.class_names[c] for c in classes]
-    new_fields: dict[str, Any] = {
-        "class_names": names,
-        "parts": parts,
-        "images": images,
-        "rows": rows,
-        "draws": draws,
-        "views": views,
-    }
-    return replace(task, name=name or task.name, **new_fields)
+    own: dict[str, Any] = {"parts": parts, "images": images, "rows": rows, "draws": draws, "views": views}
+    return replace(task, name=name or task.name, class_names=names, **own)
 
 
 def with_draws(task: Task, draws: dict[tuple[int, int], tuple[list[int], list[int] | None]]) -> Task:
