@@ -45,7 +45,7 @@ def add_adapter_arguments(parser: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model")
 
 
-def source_of(options: Namespace) -> dict[str, str]:
+def source_of(options: Namespace) -> dict[str, Any]:
     """What was given of an adapter's revision and subfolder."""
     return {key: getattr(options, key) for key in ("revision", "subfolder") if getattr(options, key)}
 
