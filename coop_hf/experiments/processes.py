@@ -109,9 +109,7 @@ def _serve(pipe: Connection, place: Place, name: str, draw: dict[str, Any] | Non
         _tell(pipe, facts)
         while (question := json.loads(pipe.recv_bytes())) != "end":
             images = _read_images(pipe, question, model, options)
-            logits = predict(images, question["class_names"]).detach().float().cpu().contiguous()
-            _tell(pipe, {"shape": list(logits.shape)})
-            pipe.send_bytes(logits.numpy().tobytes())
+            _tell_floats(pipe, predict(images, question["class_names"]))
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         cpu = time.process_time()
         _tell(pipe, {"cpu_seconds": cpu, "peak_memory_bytes": _peak_memory(), "peak_gpu_memory_bytes": gpu})
@@ -137,22 +135,28 @@ def _tell(pipe: Connection, value: Any) -> None:
     pipe.send_bytes(json.dumps(value).encode())
 
 
+def _tell_floats(pipe: Connection, tensor: torch.Tensor, **more: Any) -> None:
+    """Sends a tensor: its shape, with whatever else is said, and its numbers."""
+    tensor = tensor.detach().float().cpu().contiguous()
+    _tell(pipe, {**more, "shape": list(tensor.shape)})
+    pipe.send_bytes(tensor.numpy().tobytes())
+
+
+def _read_floats(pipe: Connection, shape: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(pipe.recv_bytes(), dtype=np.float32).copy()).view(shape)
+
+
 def _read_images(pipe: Connection, question: dict, model: CoOpModel, options: Options) -> Any:
-    """The images of a question: embeddings, or decoded in the process itself."""
+    """The images of a question: embeddings; or encoded files, as a method that changes the image tower takes them,
+    where every label is 0 and means nothing."""
     if "shape" in question:
-        values = np.frombuffer(pipe.recv_bytes(), dtype=np.float32).reshape(question["shape"])
-        return torch.from_numpy(values.copy())
+        return _read_floats(pipe, question["shape"])
     files = [pipe.recv_bytes() for _ in range(question["images"])]
-    return _images_of(files, model, question["class_names"], options)
-
-
-def _images_of(files: list[bytes], model: CoOpModel, class_names: list[str], options: Options) -> LabelledImages:
-    """Encoded files as a method that changes the image tower takes them; every label is 0 and means nothing."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": [{"bytes": file, "path": None} for file in files], "label": [0] * len(files)}
     table = datasets.Dataset.from_dict(rows, features=features)
-    original = options.recipe == "paper"
-    return LabelledImages(table, model.image_processor, class_names=class_names, original=original)
+    names, original = question["class_names"], options.recipe == "paper"
+    return LabelledImages(table, model.image_processor, class_names=names, original=original)
 
 
 def _unpack(draw: dict[str, Any]) -> FewShot:
@@ -183,6 +187,15 @@ def _context(threads: int = 1) -> Any:
             else:
                 os.environ[name] = value
     return context
+
+
+def _start(context: Any, target: Any, *arguments: Any) -> tuple[Any, Connection]:
+    """A process, and the pipe to it."""
+    pipe, other = context.Pipe()
+    process = context.Process(target=target, args=(other, *arguments), daemon=True)
+    process.start()
+    other.close()
+    return process, pipe
 
 
 def _pack(shots: FewShot) -> dict[str, Any]:
@@ -248,11 +261,8 @@ def answer_elsewhere(
     """
     with _STARTING:
         context = _context(place.threads)
-    pipe, other = context.Pipe()
     draw = None if shots is None else _pack(shots)
-    process = context.Process(target=_serve, args=(other, place, name, draw, options), daemon=True)
-    process.start()
-    other.close()
+    process, pipe = _start(context, _serve, place, name, draw, options)
 
     def read() -> Any:
         try:
@@ -275,20 +285,17 @@ def answer_elsewhere(
         return ask_once(exam, rows, None)
 
     def ask_once(exam: Exam, rows: np.ndarray, files: list[bytes] | None) -> torch.Tensor:
-        question: dict[str, Any] = {"class_names": list(exam.class_names)}
+        names = list(exam.class_names)
         if files is None:
-            embeds = exam.embeds[torch.as_tensor(rows)].float().contiguous()
-            _tell(pipe, question | {"shape": list(embeds.shape)})
-            pipe.send_bytes(embeds.numpy().tobytes())
+            _tell_floats(pipe, exam.embeds[torch.as_tensor(rows)], class_names=names)
         else:
-            _tell(pipe, question | {"images": len(files)})
+            _tell(pipe, {"class_names": names, "images": len(files)})
             for file in files:
                 pipe.send_bytes(file)
         shape = read()["shape"]
         if shape != [len(rows), len(exam.class_names)]:
             raise CellError(f"{name!r} gave logits of shape {shape} for {len(rows)} images.")
-        values = np.frombuffer(pipe.recv_bytes(), dtype=np.float32)
-        return torch.from_numpy(values.copy()).view(shape)
+        return _read_floats(pipe, shape)
 
     try:
         facts = read()
@@ -327,11 +334,7 @@ def describe_methods(path: str | None) -> dict[str, Method]:
     """
     if path is None:
         return dict(METHODS)
-    context = _context()
-    pipe, other = context.Pipe()
-    process = context.Process(target=_describe, args=(other, path), daemon=True)
-    process.start()
-    other.close()
+    process, pipe = _start(_context(), _describe, path)
     try:
         found = json.loads(pipe.recv_bytes())
     except EOFError:
