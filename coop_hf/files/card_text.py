@@ -97,13 +97,14 @@ def _link(name: str | None, kind: str = "") -> str:
     return code(os.path.basename(str(name).rstrip("/\\")) or name) + " (a local model)" if name else "not recorded"
 
 
-def _is_hub_base(config: PromptConfig) -> bool:
+def is_hub_base(config: PromptConfig) -> bool:
+    """Whether the base model is named by a Hub id, and no folder of that name is here."""
     name = config.base_model_name_or_path
     return name is not None and is_hub_id(name) and not os.path.isdir(name)
 
 
 def _metadata(name: str, adapters: dict, trained: str, training: dict) -> dict:
-    bases = sorted({a.config.base_model_name_or_path for a in adapters.values() if _is_hub_base(a.config)})
+    bases = sorted({a.config.base_model_name_or_path for a in adapters.values() if is_hub_base(a.config)})
     dataset_id, metrics = training.get("dataset_id"), _metrics(training, "metrics")
     results = [
         EvalResult(
@@ -312,7 +313,7 @@ def _use(name: str, key: str, adapter: Any, heading: str, is_sigmoid: bool = Fal
     base = config.base_model_name_or_path
     comments = ""
     is_on_hub = is_hub_id(name) and "/" in name and not os.path.isdir(name)
-    if not base or (is_on_hub and not _is_hub_base(config)):
+    if not base or (is_on_hub and not is_hub_base(config)):
         arguments.append('base_model="path/to/the/base/model"')
         comments = "  # a local model, not on the Hub"
     lines = [

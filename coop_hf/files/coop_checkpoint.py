@@ -30,12 +30,13 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..checks import check_not_sparse, is_finite
+from ..checks import check_not_sparse, is_finite, some
 from ..config import MAX_CONTEXT_TOKENS
 from .adapter_files import MAX_DIM, MAX_VALUES, WEIGHTS_KEY
 
@@ -380,6 +381,5 @@ def _check_operations(file: BinaryIO) -> None:
             raise ValueError(f"its pickle has more than {_MAX_OPERATIONS:,} steps")
 
 
-def _some(keys: Any) -> str:
-    keys = [repr(str(key)[:60]) for key in keys]
-    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") if keys else "none"
+def _some(keys: Iterable[Any]) -> str:
+    return some((str(key)[:60] for key in keys), 8) or "none"

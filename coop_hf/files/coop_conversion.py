@@ -87,11 +87,9 @@ def checkpoint_to_adapter(
             )
     elif class_specific and check_base:
         _check_names(checkpoint, names, embedding, tokenizer)
-    options: dict[str, Any] = {
-        "class_names": names,
-        "original_crop": True,
-        **({} if template is None else {"template": template}),
-    }
+    options: dict[str, Any] = {"class_names": names, "original_crop": True}
+    if template is not None:
+        options["template"] = template
     if context is not None:
         options["n_ctx"] = context.shape[-2]
     if method == "coop":
@@ -111,12 +109,17 @@ def checkpoint_to_adapter(
     return CONFIGS[method](**options), tensors
 
 
+def _is_near(found: Tensor, expected: Tensor) -> bool:
+    """Whether embeddings are the same but for what fp16 and an average leave of them."""
+    expected = expected.detach().float().cpu()
+    return found.shape == expected.shape and torch.allclose(found.float(), expected, atol=1e-3, rtol=1e-2)
+
+
 def _check_prefix(checkpoint: dict[str, Any], embedding: Tensor, tokenizer: Any) -> None:
     prefix = checkpoint["token_prefix"]
     if prefix is None or not len(prefix):
         return
-    expected = embedding[special_token_ids(tokenizer)[0]].float().cpu()
-    if not torch.allclose(prefix[0, 0].float(), expected, atol=1e-3, rtol=1e-2):
+    if not _is_near(prefix[0, 0], embedding[special_token_ids(tokenizer)[0]]):
         raise ValueError(
             f"{checkpoint['path']} was learned on another CLIP model: its embedding of SOS is not the base's. Pass "
             "the base that `MODEL.BACKBONE.NAME` of the training names (transformers has the ViT ones), or "
@@ -128,8 +131,7 @@ def _check_positions(checkpoint: dict[str, Any], expected: Tensor | None) -> Non
     found = checkpoint["positions"]
     if found is None or expected is None:
         return
-    expected = expected.detach().float().cpu()
-    if found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-3, rtol=1e-2):
+    if not _is_near(found, expected):
         raise ValueError(
             f"{checkpoint['path']} was learned on another CLIP model: its text position embeddings are not the "
             "base's. Pass the base that `MODEL.BACKBONE.NAME` of the training names, or `check_base=False` if you "
@@ -146,12 +148,10 @@ def _check_names(checkpoint: dict[str, Any], names: list[str], embedding: Tensor
     wrong = []
     for index, ids in enumerate(encode_words(tokenizer, [clean_class_name(name) + "." for name in names])):
         ids = [*ids, eos]
-        expected = embedding[torch.tensor(ids, device=embedding.device)].float().cpu()
-        found = suffix[index, : len(ids)].float()
-        if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-3, rtol=1e-2):
+        if not _is_near(suffix[index, : len(ids)], embedding[torch.tensor(ids, device=embedding.device)]):
             wrong.append(index)
     if wrong:
-        read = _read_names(checkpoint, embedding, tokenizer)
+        read = _read_prompts(checkpoint, embedding, tokenizer)[2]
         first = wrong[0]
         hint = f"; it was learned as {read[first]!r}" if read else ""
         raise ValueError(
@@ -159,10 +159,6 @@ def _check_names(checkpoint: dict[str, Any], names: list[str], embedding: Tensor
             f"{names[first]!r} (number {first}){hint}. Check names and order, or leave `class_names` out to have them "
             "read off the checkpoint."
         )
-
-
-def _read_names(checkpoint: dict[str, Any], embedding: Tensor, tokenizer: Any) -> list[str] | None:
-    return _read_prompts(checkpoint, embedding, tokenizer)[2]
 
 
 def _read_prompts(
@@ -222,8 +218,7 @@ def _sentences(checkpoint: dict[str, Any], embedding: Tensor, tokenizer: Any) ->
             key = vector.numpy().tobytes()
             if key not in ids:
                 nearest = int(torch.cdist(vector[None], rows)[0].argmin())
-                is_near = torch.allclose(vector, rows[nearest], atol=1e-3, rtol=1e-2)
-                ids[key] = nearest if is_near else None
+                ids[key] = nearest if _is_near(vector, rows[nearest]) else None
             token = ids[key]
             if token is None:
                 return []

@@ -9,15 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from ..checks import shown
-from ..config import ADAPTER_CONFIG_NAME, PromptConfig
+from ..config import ADAPTER_CONFIG_NAME
 from ..hub import _HTTPError, _server_error, _status, bounded_waits, find_file, is_hub_id
 from .adapter_files import read_adapter, write_adapter
+from .card_text import is_hub_base
 from .model_card import CARD_NAME, make_card, write_card
 
 
@@ -108,7 +106,7 @@ def without_local_bases(folder: str) -> list[str]:
             continue
         place = os.path.dirname(os.path.join(folder, path))
         config, tensors = read_adapter(place)
-        if _names_local_base(config):
+        if config.base_model_name_or_path is not None and not is_hub_base(config):
             gone.append(str(config.base_model_name_or_path))
             write_adapter(place, replace(config, base_model_name_or_path=None, revision=None), tensors)
     if gone:
@@ -119,11 +117,6 @@ def without_local_bases(folder: str) -> list[str]:
             stacklevel=4,
         )
     return gone
-
-
-def _names_local_base(config: PromptConfig) -> bool:
-    name = config.base_model_name_or_path
-    return name is not None and (not is_hub_id(name) or os.path.isdir(name))
 
 
 def push_to_hub(
@@ -193,14 +186,12 @@ def push_to_hub(
             )
         with open(os.path.join(adapter_folder, CARD_NAME), "w", encoding="utf-8") as file:
             file.write(card)
+        paths = sorted(_files_below(adapter_folder))
         with _push_errors(repo_id, revision):
             # One commit, so that nobody ever reads a new configuration beside old weights.
             return api.create_commit(
                 repo_id,
-                [
-                    CommitOperationAdd(path, os.path.join(adapter_folder, path))
-                    for path in sorted(_files_below(adapter_folder))
-                ],
+                [CommitOperationAdd(path, os.path.join(adapter_folder, path)) for path in paths],
                 commit_message=commit_message or f"Upload {', '.join(names)} with coop_hf",
                 revision=revision,
                 create_pr=create_pr,
