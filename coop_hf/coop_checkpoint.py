@@ -7,12 +7,12 @@ What the files hold, and how they are read without running anything in them: `co
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from typing import Any
 
 from .config import CLASS_TOKEN_POSITIONS
+from .data.sources import read_class_names
 from .files.coop_checkpoint import find_coop_checkpoint, read_coop_checkpoint
 from .files.coop_conversion import checkpoint_to_adapter
 from .modeling import CoOpModel
@@ -24,17 +24,6 @@ __all__ = ["checkpoint_to_adapter", "find_coop_checkpoint", "from_coop_checkpoin
 def from_coop_checkpoint(path: str | os.PathLike, base_model: Any, *args: Any, **kwargs: Any) -> CoOpModel:
     """`CoOpModel.from_coop_checkpoint`, under the name that it had first."""
     return CoOpModel.from_coop_checkpoint(path, base_model, *args, **kwargs)
-
-
-def _read_class_file(path: str) -> list[str]:
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    if path.endswith(".json"):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}); expected a list of names.") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 DESCRIPTION = (
@@ -63,7 +52,7 @@ def convert(options: argparse.Namespace) -> CoOpModel:
     Raises:
         ValueError, OSError: the checkpoint is unusable, was learned on another base, or does not go with the names.
     """
-    names = _read_class_file(options.class_names) if options.class_names else None
+    names = read_class_names(options.class_names) if options.class_names else None
     with contextlib.redirect_stdout(sys.stderr):
         model = from_coop_checkpoint(
             options.checkpoint,

@@ -19,12 +19,13 @@ from typing import Any
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
+from huggingface_hub import hf_hub_download
 
 from ..checks import some
 from .transforms import content_key, decode_image
 
 
-__all__ = ["as_dataset", "load_images", "read_coop_split", "read_few_shot_indices"]
+__all__ = ["as_dataset", "load_images", "read_class_names", "read_coop_split", "read_few_shot_indices"]
 
 IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -58,7 +59,7 @@ def apart(names: Iterable[str]) -> list[str]:
     return result
 
 
-# Files of the CoOp benchmark
+# Files of class names, and of the CoOp benchmark
 
 
 def _read_json(path: str | os.PathLike, what: str) -> Any:
@@ -74,6 +75,28 @@ def _read_json(path: str | os.PathLike, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{path}' is not a {what}: it is not JSON ({error}).") from error
+
+
+def read_class_names(path: str | os.PathLike) -> list[str]:
+    """
+    The class names in a file: one in each line, where empty lines do not count, or a JSON list.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; one beside a data set on the Hub is `hf://datasets/OWNER/NAME/FILE`.
+
+    Returns:
+        `list[str]`.
+    """
+    if str(path).startswith("hf://datasets/"):
+        parts = str(path).removeprefix("hf://datasets/").split("/", 2)
+        if len(parts) < 3:
+            raise ValueError(f"a file of names on the Hub is hf://datasets/OWNER/NAME/FILE, got {str(path)!r}.")
+        path = hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
+    if str(path).endswith(".json"):
+        return _read_json(path, "list of class names")
+    with open(path, encoding="utf-8") as file:
+        return [line.strip() for line in file if line.strip()]
 
 
 def read_coop_split(
@@ -303,17 +326,15 @@ def _load_class_folders(folder: Path, leaf_folders: bool = False) -> datasets.Da
                 f"'{loose[0]}' lies in no class folder ({len(loose)} such images in '{root}'): put the images of "
                 "each class into a folder with its name."
             )
-    found: dict[str, list[tuple[str, str]]] = {}
-    seen: set[str] = set()
     folders = {split: _class_folders(root, leaf_folders) for split, root in splits.items()}
     name_of = _leaf_names({folder.relative_to(splits[key]).parts for key, own in folders.items() for folder in own})
-    for split, root in splits.items():
-        found[split] = []
-        for class_folder in folders[split]:
-            name = name_of[class_folder.relative_to(root).parts]
-            seen.add(name)
-            found[split] += [(str(p), name) for p in _visible(class_folder, _is_image)]
-    names = sorted(seen)
+    found = {
+        split: [
+            (str(p), name_of[own.relative_to(root).parts]) for own in folders[split] for p in _visible(own, _is_image)
+        ]
+        for split, root in splits.items()
+    }
+    names = sorted(set(name_of.values()))
     empty = sorted(set(names) - {name for rows in found.values() for _, name in rows})
     if empty or not names:
         raise ValueError(

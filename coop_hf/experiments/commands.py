@@ -10,11 +10,10 @@ from typing import Any
 
 import datasets
 import torch
-from huggingface_hub import hf_hub_download
 
 from ..baselines import HAND_TEMPLATES, IMAGENET_7_TEMPLATES, read_prompts
 from ..data.few_shot import DRAWS, _check_column, coop_few_shot_rows, resolve_labels, sample_few_shot
-from ..data.sources import SPLIT_NAMES, load_images, read_coop_split, read_few_shot_indices
+from ..data.sources import SPLIT_NAMES, load_images, read_class_names, read_coop_split, read_few_shot_indices
 from ..demo.emoji import emoji_cupl_path, emoji_model_path, load_emoji
 from ..modeling import CoOpModel
 from .methods import EMOJI_TEMPLATES, METHODS, USUAL_METHODS, Method, Options, look_up
@@ -124,21 +123,6 @@ class DataArguments:
         if self.class_names is not None:
             return [name.strip() for name in self.class_names.split(",")]
         return None if self.class_names_file is None else read_class_names(self.class_names_file)
-
-
-def read_class_names(path: str | os.PathLike) -> list[str]:
-    """The class names in a text file, one in each line; empty lines don't count.
-
-    Args:
-        path (`str` or `os.PathLike`): the file; one beside a data set on the Hub is `hf://datasets/OWNER/NAME/FILE`.
-    """
-    if str(path).startswith("hf://datasets/"):
-        parts = str(path).removeprefix("hf://datasets/").split("/", 2)
-        if len(parts) < 3:
-            raise ValueError(f"a file of names on the Hub is hf://datasets/OWNER/NAME/FILE, got {str(path)!r}.")
-        path = hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
-    with open(path, encoding="utf-8") as file:
-        return [line.strip() for line in file if line.strip()]
 
 
 def load_splits(args: DataArguments) -> dict[str, datasets.Dataset]:
