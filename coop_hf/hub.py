@@ -122,8 +122,7 @@ def _download(name: str, filename: str, subfolder: str | None, kwargs: dict[str,
         if (was_cached and is_large) or not _is_damaged(path):
             return path
         logger.warning("%s of %r has not the hash that the Hub gives for it and is fetched again.", filename, name)
-        for damaged in {os.path.realpath(path), path}:
-            os.remove(damaged)
+        _remove(path)
         was_cached = False
     raise OSError(
         f"{filename} of {name!r} arrived damaged twice: its hash is not the one that the Hub gives. Nothing of it was "
@@ -148,6 +147,12 @@ def _is_damaged(path: str) -> bool:
     return digest.hexdigest() != name
 
 
+def _remove(path: str) -> None:
+    """Removes a file of the cache, which is a link, and what it leads to."""
+    for place in {os.path.realpath(path), path}:
+        os.remove(place)
+
+
 def remove_damaged(folder: str) -> list[str]:
     """Removes the damaged files of a folder in the cache, and gives their names; see `find_file`.
 
@@ -158,8 +163,7 @@ def remove_damaged(folder: str) -> list[str]:
         path = os.path.join(folder, name)
         if os.path.isfile(path) and os.path.getsize(path) <= MAX_CHECKED_BYTES and _is_damaged(path):
             damaged.append(name)
-            for place in {os.path.realpath(path), path}:
-                os.remove(place)
+            _remove(path)
     return damaged
 
 
@@ -198,11 +202,14 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _cached(name: str, filename: str, subfolder: str | None, kwargs: dict[str, Any]) -> str | None:
-    if kwargs.get("force_download"):
-        return None
-    path = f"{subfolder}/{filename}" if subfolder else filename
-    found = try_to_load_from_cache(name, path, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision"))
+    found = None if kwargs.get("force_download") else _in_cache(name, filename, {**kwargs, "subfolder": subfolder})
     return found if isinstance(found, str) else None
+
+
+def _in_cache(name: str, filename: str, kwargs: dict[str, Any]) -> Any:
+    """The path of a file in the cache, the cache's sign for "known to be missing", or `None`."""
+    path = f"{kwargs['subfolder']}/{filename}" if kwargs.get("subfolder") else filename
+    return try_to_load_from_cache(name, path, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision"))
 
 
 def _explained(error: BaseException, name: str, filename: str, revision: str | None) -> OSError:
@@ -274,12 +281,10 @@ def has_file(name_or_path: str | os.PathLike, filename: str, **kwargs: Any) -> b
 
 
 def _is_missing_in_cache(name: str, filename: str, kwargs: dict[str, Any]) -> bool:
-    where = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
-    path = f"{kwargs['subfolder']}/{filename}" if kwargs.get("subfolder") else filename
-    known = try_to_load_from_cache(name, path, **where)
+    known = _in_cache(name, filename, kwargs)
     if known is not None:
-        return not isinstance(known, str)  # the cache's sign for "known to be missing"
-    return isinstance(try_to_load_from_cache(name, "config.json", **where), str)
+        return not isinstance(known, str)
+    return isinstance(_in_cache(name, "config.json", {**kwargs, "subfolder": None}), str)
 
 
 __getattr__ = moved_names(__name__)
