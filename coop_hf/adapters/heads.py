@@ -21,12 +21,7 @@ from torch.nn import functional as F
 from ..checks import is_int, shown
 from ..config import PromptConfig
 from ..core.families import Family
-from ..core.head_scores import (
-    adapter_scores,
-    cache_scores,
-    clap_weights,
-    residual_scores,
-)
+from ..core.head_scores import adapter_scores, cache_scores, clap_weights, residual_scores
 from .base import Adapter
 
 

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.families import Family
-from ..core.head_scores import (
-    gda,
-    lp_plus_plus,
-)
+from ..core.head_scores import gda, lp_plus_plus
 from .heads import Head, HeadConfig
 
 

@@ -94,24 +94,18 @@ def prompt_vocabulary(
         for i, word in zip(ids, words)
         if len(word) >= min_length
         and word.casefold() not in banned
-        and "\ufffd" not in word
-        and "{" not in word
-        and "}" not in word
+        and not set("\ufffd{}") & set(word)
         and (not ascii_words or (word.isascii() and word.isalpha()))
     ]
     encoded = tokenizer([word for _, word in kept], add_special_tokens=False)["input_ids"] if kept else []
     return [i for (i, _), own in zip(kept, encoded) if list(own) == [i]]
 
 
-def _make_template(words: list[str], position: str) -> str:
-    first = split_context(position, len(words))
-    return " ".join([*words[:first], "{}", *words[first:]]) + "."
-
-
 def _as_text(tokenizer: Any, token_ids: list[int], layout: Any, class_names: list[str]) -> tuple[str, str] | None:
     """(text, template) of the ids, or `None` where a full prompt would not be tokenised back into them."""
     words = [tokenizer.decode([i]).strip() for i in token_ids]
-    template = _make_template(words, layout.class_token_position)
+    first = split_context(layout.class_token_position, len(words))
+    template = " ".join([*words[:first], "{}", *words[first:]]) + "."
     if template.count("{}") != 1 or not all(words):
         return None
     texts = [template.replace("{}", clean_class_name(name)) for name in class_names]
@@ -182,18 +176,14 @@ class _Search:
         losses = []
         for start in range(0, len(candidates), batch_size):
             batch = candidates[start : start + batch_size]
-            features = F.normalize(self._features(batch).float(), dim=-1)
+            features = self.prompts.features(self.rows(batch)[:, None], self.model.text_pass, _CLASSES_AT_A_TIME)
+            features = F.normalize(features.float(), dim=-1)  # (candidates, num_classes, projection_dim)
             logits = scale * torch.einsum("nd,kcd->knc", images, features)
             loss = F.cross_entropy(logits.transpose(1, 2), labels.expand(len(batch), -1), reduction="none").mean(dim=1)
             if objective == "accuracy":  # wrong images; among prompts with equally many the loss, squeezed below 1
                 loss = (logits.argmax(dim=2) != labels).sum(dim=1) + (loss / (1 + loss)).double()
             losses.append(loss)
         return torch.cat(losses)
-
-    def _features(self, candidates: list[list[int]]) -> torch.Tensor:
-        """Class embeddings `(candidates, num_classes, projection_dim)`."""
-        contexts = self.rows(candidates)[:, None]
-        return self.prompts.features(contexts, self.model.text_pass, _CLASSES_AT_A_TIME)
 
     @torch.no_grad()
     def score(self, context: torch.Tensor) -> tuple[float, float]:
