@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -28,94 +29,11 @@ _TITLES = ("Learned prompt", "Hand-written prompt")
 _NONE = "There is no learned prompt yet: learn one first."
 KEEP_SECONDS = 3600  # how long the files of visitors stay
 
-CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
-.message:not(:has(.say)) { display: none !important; }
-:is(#said, #learn-said, #learned, #template, #result, #about) .html-container { padding: 0 !important; }
-.say { padding: 10px 14px; border-radius: 8px; border: 1px solid #e0b252; background: #fff7e0; color: #5c4300;
-  overflow-wrap: anywhere; }
-.faint { color: var(--body-text-color-subdued) !important; font-size: 14px; overflow-wrap: anywhere; }
-.answer { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 14px; height: 100%; }
-.answer .top { font-size: 22px; font-weight: 600; line-height: 1.3; margin: 6px 0 10px; overflow-wrap: anywhere; }
-.share { display: grid; grid-template-columns: minmax(0, 1fr) 56px; gap: 2px 10px; margin: 8px 0; }
-.share .name { grid-column: 1 / 3; overflow-wrap: anywhere; }
-.share .track { height: 12px; border-radius: 6px; background: var(--border-color-primary); align-self: center;
-  overflow: hidden; }
-.share .fill { height: 12px; background: var(--color-accent); }
-.share .number { text-align: right; font-variant-numeric: tabular-nums; }
-.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); gap: 12px 24px;
-  max-height: 480px; overflow: auto; }
-.words > :only-child { grid-column: 1 / -1; }
-.words ol { margin: 4px 0 0; padding-left: 22px; list-style: decimal; }
-.words li { margin: 3px 0; }
-.words code { display: inline-block; margin-right: 4px; padding: 1px 6px; border-radius: 5px;
-  background: var(--border-color-primary); }
-@media (max-width: 640px) {
-  #examples .gallery-item { width: 48px; height: 48px; }
-  #examples .gallery-item * { width: 100%; height: 100%; display: block; }
-  .answer { padding: 10px; }
-  .answer .top { font-size: 17px; }
-  .answer .share { grid-template-columns: minmax(0, 1fr) 46px; gap: 2px 4px; font-size: 14px; }
-}
-@media (prefers-color-scheme: dark) { .say { background: #3a2e0a; color: #ffe3a0; } }
-"""
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 # The browser tells where in a folder a file lies, and Gradio sends names alone: the place becomes a part of the name.
 # An image on the clipboard is put where a chosen file goes.
-HEAD = """
-<script>
-document.addEventListener("change", (event) => {
-  const input = event.target;
-  if (!input.matches || !input.matches("#folder input[type=file]")) return;
-  const named = new DataTransfer();
-  for (const file of input.files) {
-    named.items.add(new File([file], file.webkitRelativePath || file.name, {type: file.type}));
-  }
-  input.files = named.files;
-}, true);
-const filesOf = async (entry) => {  // of a folder that is dropped, with its place in the name of each
-  if (entry.isFile) {
-    const file = await new Promise((done, failed) => entry.file(done, failed));
-    return [new File([file], entry.fullPath.slice(1), {type: file.type})];
-  }
-  const reader = entry.createReader(), found = [];
-  for (;;) {  // a hundred at a time
-    const some = await new Promise((done, failed) => reader.readEntries(done, failed));
-    if (!some.length) break;
-    for (const other of some) found.push(...await filesOf(other));
-  }
-  return found;
-};
-document.addEventListener("drop", async (event) => {
-  const box = event.target.closest && event.target.closest("#folder"), input = box && box.querySelector("input");
-  if (!input) return;
-  event.preventDefault();
-  event.stopPropagation();
-  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  event.target.dispatchEvent(new DragEvent("dragleave", {bubbles: true}));
-  const given = new DataTransfer();
-  for (const entry of entries) for (const file of await filesOf(entry)) given.items.add(file);
-  input.files = given.files;
-  input.dispatchEvent(new Event("change", {bubbles: true}));
-}, true);
-document.addEventListener("paste", (event) => {
-  const image = [...event.clipboardData.files].find((file) => file.type.startsWith("image/"));
-  const input = document.querySelector("#image input[type=file]");
-  if (!image || !input) return;
-  const given = new DataTransfer();
-  given.items.add(image);
-  input.files = given.files;
-  input.dispatchEvent(new Event("change", {bubbles: true}));
-});
-for (const kind of ["error", "load"]) {  // no broken-image sign where a message says what is wrong
-  document.addEventListener(kind, (event) => {
-    if (event.target.matches && event.target.matches("#image img")) {
-      event.target.style.visibility = kind === "error" ? "hidden" : "";
-    }
-  }, true);
-}
-</script>
-"""
+HEAD = f"<script>\n{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>\n"
 
 
 def _path_alone(payload: Any) -> str | None:

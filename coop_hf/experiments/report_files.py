@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,29 +18,7 @@ from .tables import table
 
 __all__ = ["page", "write_report"]
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1c1c1c; margin: 0 auto;
-       max-width: 1080px; padding: 24px 32px 80px; background: #fff; }
-h1 { font-size: 26px; margin: 8px 0 4px; } h2 { font-size: 20px; margin: 44px 0 10px; border-bottom: 1px solid #ddd;
-     padding-bottom: 4px; } h3 { font-size: 16px; margin: 26px 0 6px; }
-p, li { max-width: 820px; } .note { color: #555; font-size: 13.5px; } nav a { margin-right: 16px; }
-a { color: #0059a0; text-decoration: none; } a:hover { text-decoration: underline; }
-.wide { overflow-x: auto; margin: 8px 0 18px; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 12px 3px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { border-bottom: 1.5px solid #888; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-tr.group td { color: #666; font-style: italic; padding-top: 10px; border-bottom: 1px solid #ccc; }
-td.best { font-weight: 700; } tbody tr:hover { background: #f5f8fb; }
-table.heat th { writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 2px; border: 0; font-weight: 500; }
-table.heat th:first-child { writing-mode: horizontal-tb; transform: none; vertical-align: bottom; }
-table.heat td { padding: 1px 6px; border: 1px solid #fff; text-align: center; font-size: 12px; }
-table.heat td:first-child { text-align: left; }
-figure { margin: 10px 0 22px; } figure svg { max-width: 100%; height: auto; }
-figcaption { color: #555; font-size: 13.5px; max-width: 820px; }
-pre { background: #f4f4f4; padding: 10px 12px; overflow-x: auto; font-size: 13px; border-radius: 4px; }
-details { margin: 8px 0; } summary { cursor: pointer; color: #0059a0; }
-.failed { color: #a00000; }
-"""
+_STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- pieces of the page
@@ -238,7 +217,7 @@ def page(results: dict) -> str:
     parts += _repeat_section(results)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison of methods</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n<body>'
+        f'<meta name="viewport" content="width=device-width"><style>\n{_STYLE}</style></head>\n<body>'
         + "\n".join(parts)
         + "</body></html>\n"
     )
