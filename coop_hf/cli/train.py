@@ -258,8 +258,7 @@ def run_train(options: Namespace) -> None:
         fit_head(model, train, args)
         learns = bool(model.adapter.arguments(args.num_shots))
     with mistakes():
-        own = {"train_dataset": train} if learns else {}
-        trainer = CoOpTrainer(model=model, args=args, eval_dataset=test, **own)
+        trainer = CoOpTrainer(model=model, args=args, train_dataset=train if learns else None, eval_dataset=test)
     is_first = trainer.is_world_process_zero()
     if options.quiet:
         trainer.remove_callback(TrainingScreen)
@@ -272,9 +271,7 @@ def run_train(options: Namespace) -> None:
 
     with model.disable_adapter():
         zero_shot = trainer.evaluate(metric_key_prefix="zero_shot")
-    measured = {}
-    if learns:
-        measured = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    measured = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics if learns else {}
     learned = trainer.evaluate()
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -286,14 +286,10 @@ def run_evaluate(options: Namespace) -> None:
         with model.disable_adapter():
             before = trainer.evaluate()
         after = trainer.evaluate()
-    count, keys = len(trainer.eval_dataset), ("eval_accuracy", "eval_macro_f1", "eval_loss")
-    result: dict[str, Any] = {
-        "num_eval": count,
-        "num_classes": len(model.class_names),
-        "template": model.config.template,
-    }
+    count, template = len(trainer.eval_dataset), model.config.template
+    result: dict[str, Any] = {"num_eval": count, "num_classes": len(model.class_names), "template": template}
     for name, metrics in (("learned", after), ("hand_written", before)):
-        result[name] = {key.removeprefix("eval_"): metrics[key] for key in keys}
+        result[name] = {key: metrics[f"eval_{key}"] for key in ("accuracy", "macro_f1", "loss")}
         if options.per_class:
             lead = "eval_accuracy_per_class/"
             result[name]["per_class"] = {k.removeprefix(lead): v for k, v in metrics.items() if k.startswith(lead)}
@@ -301,7 +297,7 @@ def run_evaluate(options: Namespace) -> None:
         print_json(result)
         return
     print(f"\n{count} images, {len(model.class_names)} classes")
-    rows = [(f'hand-written prompt "{model.config.template}"', before), ("learned prompt", after)]
+    rows = [(f'hand-written prompt "{template}"', before), ("learned prompt", after)]
     print_table(
         [(name, f"{m['eval_accuracy']:.1%}", f"{m['eval_macro_f1']:.1%}") for name, m in rows],
         ("", "accuracy", "macro-F1"),
