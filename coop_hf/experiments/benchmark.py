@@ -30,6 +30,8 @@ __all__ = ["BenchmarkArguments", "Source", "benchmark", "compute_cell", "read_co
 
 PROTOCOLS = ("few_shot", "base_to_new")
 
+_KEPT = ("recipe", "validation", "shots", "seeds", "protocols", "reference")  # of the arguments, in the results
+
 DEFAULT_METHODS = (
     "zero_shot ensemble linear_probe coop tip_adapter tip_adapter_f taskres zs_lp clap lp_plus_plus gda".split()
 )
@@ -114,8 +116,8 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def _source(args: BenchmarkArguments, entry: dict[str, Any], path: str) -> Source:
-    if not isinstance(entry, dict) or set(entry) - _OF_A_SOURCE - {"shifts", *_FACTS}:
-        wrong = sorted(set(entry) - _OF_A_SOURCE - {"shifts", *_FACTS}) if isinstance(entry, dict) else entry
+    wrong = sorted(set(entry) - _OF_A_SOURCE - {"shifts", *_FACTS}) if isinstance(entry, dict) else entry
+    if wrong or not isinstance(entry, dict):
         raise ValueError(f"{path}: a data set is a mapping of {', '.join(sorted(_OF_A_SOURCE))}; got {wrong!r}.")
     given = {key: value for key, value in entry.items() if key in _OF_A_SOURCE}
     for key in ("coop_split", "image_root", "few_shot_indices", "class_names_file", "cupl_file", "dataset"):
@@ -139,17 +141,14 @@ def read_sources(args: BenchmarkArguments, data: list[dict] | None = None) -> li
     Raises:
         ValueError: entries that are none, or two data sets of one name.
     """
+    sources = []
     if data and args.datasets is None:
         sources = [_source(args, entry, str(args.config)) for entry in data]
     elif args.datasets:
-        sources = []
         for name in args.datasets:
-            if name in EMOJI_STYLES:
-                sources.append(Source(replace(args, style=name, dataset=None)))
-            elif name.endswith(".json"):
-                sources.append(Source(replace(args, coop_split=name, dataset=None)))
-            else:
-                sources.append(Source(replace(args, dataset=name)))
+            kind = "style" if name in EMOJI_STYLES else "coop_split" if name.endswith(".json") else "dataset"
+            own: dict[str, Any] = {"dataset": None, kind: name}
+            sources.append(Source(replace(args, **own)))
     else:
         sources = [Source(args)]
     names = [source.name for source in sources]
@@ -331,35 +330,29 @@ def benchmark(
     report(_conditions(args, methods, processes, threads))
     model = load_base_model(base)
     found = [entry for source in sources for entry in _run_source(source, model, methods, place, report)]
-    cells = [
-        {**cell, "cell": {"protocol": entry["protocol"], "data": entry["data"], **cell["cell"]}}
-        for entry in found
-        for cell in entry["cells"]
-    ]
+    cells: list[dict] = []
+    failed: list[dict] = []
+    data_of, draws = {}, {}
+    for entry in found:
+        where, name = {key: entry[key] for key in ("protocol", "data")}, f"{entry['data']}, {entry['protocol']}"
+        cells += [{**cell, "cell": {**where, **cell["cell"]}} for cell in entry["cells"]]
+        failed += [{**where, **failure} for failure in entry.get("failed", [])]
+        data_of[name], draws[name] = entry["about"], entry["draws"]
     first = found[0]["settings"]
     return {
         "command": command,
         "config": None if args.config is None else Path(args.config).read_text(encoding="utf-8"),
         "settings": {
             **{key: first[key] for key in ("coop_hf", "base_model", "base_fingerprint")},
-            "recipe": args.recipe,
-            "validation": args.validation,
-            "shots": args.shots,
-            "seeds": args.seeds,
-            "protocols": args.protocols,
-            "reference": args.reference,
+            **{key: getattr(args, key) for key in _KEPT},
             "threads": threads,
         },
         "methods": {name: describe(name, method) for name, method in methods.items()},
-        "data": {f"{entry['data']}, {entry['protocol']}": entry["about"] for entry in found},
+        "data": data_of,
         "cells": cells,
-        "draws": {f"{entry['data']}, {entry['protocol']}": entry["draws"] for entry in found},
+        "draws": draws,
         "environment": {**environment(), "processes": processes},
-        "failed": [
-            {"protocol": entry["protocol"], "data": entry["data"], **failure}
-            for entry in found
-            for failure in entry.get("failed", [])
-        ],
+        "failed": failed,
     }
 
 
