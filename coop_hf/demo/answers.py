@@ -170,9 +170,7 @@ def edited_names(text: str) -> tuple[list[str], str]:
     longest = max(first.values(), key=len)
     if len(longest) > MAX_NAME_LENGTH:
         raise Message(f"“{longest[:30]} …” has {len(longest)} characters; up to {MAX_NAME_LENGTH} are taken.")
-    note = ""
-    if repeated:
-        note = f"“{repeated[0]}” stands there more than once, and is taken once."
+    note = f"“{repeated[0]}” stands there more than once, and is taken once." if repeated else ""
     return list(first.values()), note
 
 

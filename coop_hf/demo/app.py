@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m coop_hf.demo"
     parser.add_argument("--package", help="with --space: requirement that installs coop_hf, instead of a copy of it")
     args = parser.parse_args(argv)
     shared: dict[str, Any] = {"base_model": args.base_model, "examples": args.examples, "title": args.title}
+    shared["learning"] = not args.no_learning
     if args.space is not None:
-        shared |= {"learning": not args.no_learning, "package": args.package}
-        folder = write_space(args.adapters, args.space, args.output, **shared)
+        folder = write_space(args.adapters, args.space, args.output, package=args.package, **shared)
         print(
             f"The Space is in {folder}. To publish it:\n"
             f"  hf repos create {args.space} --type space --space-sdk gradio\n"
@@ -98,6 +98,4 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m coop_hf.demo"
         return
     if args.output is not None or args.package is not None:
         parser.error("--output and --package go with --space")
-    launch(
-        args.adapters, **shared, learning=not args.no_learning, server_name=args.host, server_port=args.port,
-    )  # fmt: skip
+    launch(args.adapters, **shared, server_name=args.host, server_port=args.port)

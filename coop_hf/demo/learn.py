@@ -160,14 +160,14 @@ def split_images(
     labels = sorted({image.label for image in found})
     _check_labels(labels)
     readable: list[Found] = []
+    bad: list[str] = []
     for done, image in enumerate(found):
         tell(done / len(found), "Reading images")
         try:
             read(image.file)
+            readable.append(image)
         except Message:
-            continue
-        readable.append(image)
-    bad = [image.name for image in found if image not in readable] if len(readable) < len(found) else []
+            bad.append(image.name)
     note = f"{len(bad)} files cannot be read as images and were left out: {some(bad, 3)}." if bad else ""
 
     splits = {image.split for image in readable}
@@ -261,8 +261,8 @@ def learn(
             model = CoOpModel(base.base_model, config, names, base.processor)
     except ValueError as error:
         raise Message(f"This does not make a prompt: {error}") from error
-    where = {"base_model_name_or_path": base_name, "revision": base.config.revision} if is_public else {}
-    model.adapter.config = replace(model.config, **{"base_model_name_or_path": None, "revision": None, **where})
+    where = (base_name, base.config.revision) if is_public else (None, None)
+    model.adapter.config = replace(model.config, base_model_name_or_path=where[0], revision=where[1])
     with tempfile.TemporaryDirectory() as work:
         tell(0.0, "Looking at images")
         # In this process: workers would be forked from one with many threads, where a lock may be held for ever.
@@ -274,13 +274,7 @@ def learn(
         args = CoOpTrainingArguments(
             work, seed=seed, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no"
         )
-        trainer = CoOpTrainer(
-            model=model,
-            args=args,
-            train_dataset=embedded[0],
-            eval_dataset=embedded[1],
-            callbacks=[_Tells(tell)],
-        )
+        trainer = CoOpTrainer(model, args, embedded[0], embedded[1], callbacks=[_Tells(tell)])
         trainer.remove_callback(PrinterCallback)
         trainer.about = {"dataset": "images of one's own"}
         with model.disable_adapter():

@@ -89,10 +89,11 @@ def write_space(
         base_model = emoji_model_path()
     title = title or space.split("/")[1].replace("-", " ").replace("_", " ").strip().capitalize()
 
-    local = {os.fspath(name): read_adapter(name) for name in adapters if os.path.isdir(name)}
-    for name in adapters:
-        if os.fspath(name) not in local and not is_hub_id(os.fspath(name)):
-            raise FileNotFoundError(f"{os.fspath(name)!r} is neither a folder nor a Hub id.")
+    names = [os.fspath(name) for name in adapters]
+    local = {name: read_adapter(name) for name in names if os.path.isdir(name)}
+    for name in names:
+        if name not in local and not is_hub_id(name):
+            raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub id.")
     bases = [] if base_model is None else [os.fspath(base_model)]
     if base_model is None:
         bases = list(dict.fromkeys(base_of(config, name) for name, (config, _) in local.items()))
@@ -108,18 +109,18 @@ def write_space(
     base_here = {base: _copy_base(base, target, place) for base, place in _places(bases, "bases").items()}
     here = _places(list(local), "adapters")
     for name, (config, tensors) in local.items():
-        base = base_here.get(config.base_model_name_or_path or "", None)
-        own = config if base is None else replace(config, base_model_name_or_path=base)
         if base_model is not None:
-            own = replace(config, base_model_name_or_path=next(iter(base_here.values())), revision=None)
-        write_adapter(target / here[name], own, tensors)
+            config = replace(config, base_model_name_or_path=next(iter(base_here.values())), revision=None)
+        elif config.base_model_name_or_path in base_here:
+            config = replace(config, base_model_name_or_path=base_here[config.base_model_name_or_path])
+        write_adapter(target / here[name], config, tensors)
     for number, image in enumerate(images):
         (target / "examples").mkdir(exist_ok=True)
         image.thumbnail((EXAMPLE_SIZE, EXAMPLE_SIZE))
         image.save(target / "examples" / f"{number + 1:02}.png", optimize=True)
 
     arguments = {
-        "adapters": [here.get(os.fspath(name), os.fspath(name)) for name in adapters],
+        "adapters": [here.get(name, name) for name in names],
         "base_model": None if base_model is None else next(iter(base_here.values())),
         "examples": "examples" if images else None,
         "title": title,
@@ -129,7 +130,7 @@ def write_space(
     shown = title.replace("\\", "").replace('"', "'")
     (target / "app.py").write_text(_APP.format(title=shown, arguments=lines), encoding="utf-8")
     (target / "requirements.txt").write_text(_requirements(package), encoding="utf-8")
-    models = [name for name in [*(os.fspath(name) for name in adapters), *bases] if not os.path.isdir(name)]
+    models = [name for name in [*names, *bases] if not os.path.isdir(name)]
     (target / "README.md").write_text(_readme(title, models), encoding="utf-8")
     if package is None:
         own_code = Path(__file__).resolve().parents[1]
