@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..checks import check_class_names, check_counts, clean_class_name
 from ..config import CoOpConfig
-from ..core.layout import encode_words, special_token_ids, split_context
+from ..core.layout import encode_words, special_token_ids
+from ..deploy.merging import prompt_template
 from ..interpret import nearest_rows
 from ..modeling import CoOpModel
 from .zero_shot import get_tokenizer
@@ -104,8 +105,7 @@ def prompt_vocabulary(
 def _as_text(tokenizer: Any, token_ids: list[int], layout: Any, class_names: list[str]) -> tuple[str, str] | None:
     """(text, template) of the ids, or `None` where a full prompt would not be tokenised back into them."""
     words = [tokenizer.decode([i]).strip() for i in token_ids]
-    first = split_context(layout.class_token_position, len(words))
-    template = " ".join([*words[:first], "{}", *words[first:]]) + "."
+    template = prompt_template(words, layout.class_token_position)
     if template.count("{}") != 1 or not all(words):
         return None
     texts = [template.replace("{}", clean_class_name(name)) for name in class_names]
