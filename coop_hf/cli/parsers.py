@@ -11,10 +11,6 @@ from typing import Any
 __all__ = ["HelpFormatter", "Parser", "add_screen_arguments", "hide_weights_bar", "note", "print_json", "print_table"]
 
 
-def _kind(action: argparse.Action) -> str:
-    return getattr(action.type, "__name__", "")
-
-
 class HelpFormatter(argparse.HelpFormatter):
     """Each option once, `--num_shots N`, though `--num-shots` works as well; defaults where they say something."""
 
@@ -25,7 +21,8 @@ class HelpFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        name, kind = max(action.option_strings[:2], key=lambda n: n.startswith("--")), _kind(action)
+        name = max(action.option_strings[:2], key=lambda n: n.startswith("--"))
+        kind = getattr(action.type, "__name__", "")
         if action.nargs == 0 or kind in ("bool", "string_to_bool"):  # `--bf16`, though `--bf16 False` is read as well
             return name
         if action.choices is not None:

@@ -152,15 +152,15 @@ def load_splits(args: DataArguments) -> dict[str, datasets.Dataset]:
     splits: dict[Any, Any] = {}
     for name, split in parts.items():
         splits.setdefault(SPLIT_NAMES.get(name, name), split)
-    if args.train_split != "train" or args.eval_split is not None:
-        for name in filter(None, (args.train_split, args.eval_split)):
-            if name not in parts and name not in splits:
+    asked = {"train": args.train_split} | ({} if args.eval_split is None else {"test": args.eval_split})
+    if asked != {"train": "train"}:
+        known = splits | parts
+        for name in asked.values():
+            if name not in known:
                 raise ValueError(f"there is no split {name!r} in the data set; it has {', '.join(map(repr, parts))}.")
-        chosen: dict[Any, Any] = {"train": parts.get(args.train_split, splits.get(args.train_split))}
-        if args.eval_split is not None:
-            chosen["test"] = parts.get(args.eval_split, splits.get(args.eval_split))
-        used = {SPLIT_NAMES.get(name, name) for name in filter(None, (args.train_split, args.eval_split))}
-        splits = {name: split for name, split in splits.items() if name not in used} | chosen
+        used = {SPLIT_NAMES.get(name, name) for name in asked.values()}
+        splits = {name: split for name, split in splits.items() if name not in used}
+        splits |= {role: known[name] for role, name in asked.items()}
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}

@@ -89,11 +89,9 @@ def summarise(results: dict) -> list[dict]:
 def _scores(results: dict, protocol: str, test: str, method: str, shots: int) -> dict[str, dict[Any, float]]:
     """`{data: {seed: score}}`; of a method that does not learn `{data: {None: score}}`."""
     found: dict[str, dict[Any, float]] = {}
-    for entry in results["cells"]:
+    for entry in cells_of(results, protocol=protocol, method=method):
         cell = entry["cell"]
-        if (cell["protocol"], cell["method"]) != (protocol, method) or test not in entry["scores"]:
-            continue
-        if cell["shots"] in (shots, 0):
+        if test in entry["scores"] and cell["shots"] in (shots, 0):
             seed = cell["seed"] if cell["shots"] else None
             found.setdefault(cell["data"], {})[seed] = entry["scores"][test]
     return found
