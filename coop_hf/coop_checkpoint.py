@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from .config import CLASS_TOKEN_POSITIONS
-from .data.sources import read_class_names
+from .data.few_shot import read_class_names
 from .files.coop_checkpoint import find_coop_checkpoint, read_coop_checkpoint
 from .files.coop_conversion import checkpoint_to_adapter
 from .modeling import CoOpModel

@@ -17,7 +17,7 @@ from conftest import COLOUR_NAMES, COLOUR_OPTIONS
 
 from coop_hf import CoOpModel
 from coop_hf.baselines import HAND_TEMPLATES
-from coop_hf.data import sources
+from coop_hf.data import few_shot
 from coop_hf.experiments import benchmark as b
 from coop_hf.experiments import commands, estimates, processes, report, report_files, scoring, statistics
 from coop_hf.experiments.cells import CellError
@@ -501,7 +501,7 @@ def test_a_file_of_names_on_the_hub(monkeypatch, tmp_path):
         asked.append((repo, file, repo_type))
         return str(tmp_path / "names.txt")
 
-    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr(few_shot, "hf_hub_download", download)
     assert commands.read_class_names("hf://datasets/own/er/deep/names.txt") == ["a", "b"]
     assert asked == [("own/er", "deep/names.txt", "dataset")]
     with pytest.raises(ValueError, match="hf://datasets/OWNER/NAME/FILE"):

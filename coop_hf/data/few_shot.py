@@ -1,24 +1,36 @@
 """Labels of a `datasets.Dataset`, and few-shot sampling."""
 
+import json
 import operator
+import os
 import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from huggingface_hub import hf_hub_download
 
 from ..checks import check_class_names, clean_class_name, some
 
 
-__all__ = ["check_labels", "class_counts", "coop_few_shot_rows", "labels_of", "resolve_labels", "sample_few_shot"]
+__all__ = [
+    "check_labels",
+    "class_counts",
+    "coop_few_shot_rows",
+    "labels_of",
+    "read_class_names",
+    "resolve_labels",
+    "sample_few_shot",
+]
 
 DRAWS = ("nested", "coop")
 
 
-def _check_dataset(dataset: object) -> None:
+def _check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
     if isinstance(dataset, dict):
         raise TypeError(
             f"Expected one split of a data set, got a {type(dataset).__name__} with the splits "
@@ -29,10 +41,6 @@ def _check_dataset(dataset: object) -> None:
             f"Expected a datasets.Dataset, got {type(dataset).__name__}: make one with `datasets.Dataset.from_dict`, "
             "`datasets.Dataset.from_list` or `coop_hf.load_images`."
         )
-
-
-def _check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
-    _check_dataset(dataset)
     if column not in dataset.column_names:
         raise ValueError(
             f"The data set has no column '{column}'; it has {some(dataset.column_names, 20)}. "
@@ -187,6 +195,31 @@ def resolve_labels(
     labels = np.asarray(values, dtype=np.int64).reshape(-1)
     check_labels(labels, len(names), f"Row {{row}} of the column '{label_column}'")
     return names, labels
+
+
+def read_class_names(path: str | os.PathLike) -> list[str]:
+    """
+    The class names in a file: one in each line, where empty lines do not count, or a JSON list.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; one beside a data set on the Hub is `hf://datasets/OWNER/NAME/FILE`.
+
+    Returns:
+        `list[str]`.
+    """
+    if str(path).startswith("hf://datasets/"):
+        parts = str(path).removeprefix("hf://datasets/").split("/", 2)
+        if len(parts) < 3:
+            raise ValueError(f"a file of names on the Hub is hf://datasets/OWNER/NAME/FILE, got {str(path)!r}.")
+        path = hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
+    text = Path(path).read_text(encoding="utf-8")
+    if not str(path).endswith(".json"):
+        return [line.strip() for line in text.split("\n") if line.strip()]
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); expected a list of names.") from None
 
 
 def coop_few_shot_rows(num_shots: int, seed: int, *labels: Sequence[int]) -> list[list[int]]:

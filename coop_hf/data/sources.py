@@ -19,13 +19,12 @@ from typing import Any
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
-from huggingface_hub import hf_hub_download
 
 from ..checks import some
 from .transforms import content_key, decode_image
 
 
-__all__ = ["as_dataset", "load_images", "read_class_names", "read_coop_split", "read_few_shot_indices"]
+__all__ = ["as_dataset", "load_images", "read_coop_split", "read_few_shot_indices"]
 
 IMAGE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -59,7 +58,7 @@ def apart(names: Iterable[str]) -> list[str]:
     return result
 
 
-# Files of class names, and of the CoOp benchmark
+# Files of the CoOp benchmark
 
 
 def _read_json(path: str | os.PathLike, what: str) -> Any:
@@ -75,28 +74,6 @@ def _read_json(path: str | os.PathLike, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{path}' is not a {what}: it is not JSON ({error}).") from error
-
-
-def read_class_names(path: str | os.PathLike) -> list[str]:
-    """
-    The class names in a file: one in each line, where empty lines do not count, or a JSON list.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file; one beside a data set on the Hub is `hf://datasets/OWNER/NAME/FILE`.
-
-    Returns:
-        `list[str]`.
-    """
-    if str(path).startswith("hf://datasets/"):
-        parts = str(path).removeprefix("hf://datasets/").split("/", 2)
-        if len(parts) < 3:
-            raise ValueError(f"a file of names on the Hub is hf://datasets/OWNER/NAME/FILE, got {str(path)!r}.")
-        path = hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
-    if str(path).endswith(".json"):
-        return _read_json(path, "list of class names")
-    with open(path, encoding="utf-8") as file:
-        return [line.strip() for line in file if line.strip()]
 
 
 def read_coop_split(

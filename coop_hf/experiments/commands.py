@@ -12,8 +12,15 @@ import datasets
 import torch
 
 from ..baselines import HAND_TEMPLATES, IMAGENET_7_TEMPLATES, read_prompts
-from ..data.few_shot import DRAWS, _check_column, coop_few_shot_rows, resolve_labels, sample_few_shot
-from ..data.sources import SPLIT_NAMES, load_images, read_class_names, read_coop_split, read_few_shot_indices
+from ..data.few_shot import (
+    DRAWS,
+    _check_column,
+    coop_few_shot_rows,
+    read_class_names,
+    resolve_labels,
+    sample_few_shot,
+)
+from ..data.sources import SPLIT_NAMES, load_images, read_coop_split, read_few_shot_indices
 from ..demo.emoji import emoji_cupl_path, emoji_model_path, load_emoji
 from ..modeling import CoOpModel
 from .methods import EMOJI_TEMPLATES, METHODS, USUAL_METHODS, Method, Options, look_up
