@@ -331,19 +331,16 @@ def _load_weights_only(path: str, problem: str) -> Any:
             warnings.simplefilter("ignore")
             # Mapped, not read: a file that is large, or says so, costs no memory before its shapes are known.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged pickle or archive fails in any way that its bytes ask for
         text = str(error)
         wanted = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"(?:function|class|but got) (.{1,80})", text)
-        if wanted and ("GLOBAL" in text or "function" in text or "class" in text):
+        is_code = isinstance(error, pickle.UnpicklingError) and any(w in text for w in ("GLOBAL", "function", "class"))
+        if wanted and is_code:
             raise ValueError(
                 problem + f"reading it would run {wanted[1]}, which no checkpoint of CoOp needs. The file was not "
                 "loaded; don't trust where it comes from."
             ) from None
-        raise ValueError(
-            problem + f"it cannot be read ({text[:200]}); it is cut off, or another kind of file."
-        ) from None
-    except Exception as error:  # a damaged pickle or archive fails in any way that its bytes ask for
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = " ".join(text.split())[:200] or type(error).__name__
         raise ValueError(problem + f"it cannot be read ({text}); it is cut off, or another kind of file.") from None
 
 
