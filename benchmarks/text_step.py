@@ -71,7 +71,7 @@ def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain,
         "memory_before_bytes": before,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    if plain:  # all classes at once: nothing is computed twice, as in the public code
+    if plain:
         own_gradient = context.grad.clone()
 
         def in_full():  # all classes at once: nothing is computed twice, as in the public code

@@ -721,7 +721,7 @@ def test_adam_of_tcp_has_its_decay_in_the_gradient(deep_base, processor, tmp_pat
     args = arguments(tmp_path, recipe="paper", max_steps=1, weight_decay=0.1)
     trainer = CoOpTrainer(model, args, pictures())
     trainer.train()
-    optimizer = trainer.optimizer.optimizer
+    optimizer = trainer.optimizer
     assert type(optimizer) is torch.optim.Adam
     group = optimizer.param_groups[0]
     assert (group["eps"], group["weight_decay"], args.objective) == (1e-3, 0.1, "kgcoop")

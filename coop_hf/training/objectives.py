@@ -67,7 +67,10 @@ class Frozen:
     ):
         self._model, self._output, self._images, self._image_embeds = model, output, images, image_embeds
         self._share, self._kept = share, {} if kept is None else kept
-        self.parameters = list(model.learned_parameters().values())
+
+    @functools.cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self._model.learned_parameters().values())
 
     @property
     def penalty(self) -> Tensor:

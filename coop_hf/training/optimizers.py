@@ -57,11 +57,14 @@ class TensorAdam(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["step"] += 1
-                size = max(1, parameter.shape[-2:].numel())
+                first, second = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+                # Few operations, none of which asks the device for a number: each costs as much as a small context.
+                flat = gradient.float().flatten()
                 state["exp_avg"].lerp_(gradient, 1 - beta1)
-                state["exp_avg_sq"].lerp_(gradient.float().square().sum() / size, 1 - beta2)
-                mean = state["exp_avg"] / (1 - beta1 ** state["step"])
-                root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt()
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(group["lr"] * mean / (root + group["eps"]))
+                share = (1 - beta2) / max(1, parameter.shape[-2:].numel())
+                state["exp_avg_sq"].mul_(beta2).add_(torch.dot(flat, flat), alpha=share)
+                root = state["exp_avg_sq"].sqrt().mul_(second**-0.5).add_(group["eps"])
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.addcdiv_(state["exp_avg"], root, value=-group["lr"] / first)
         return loss

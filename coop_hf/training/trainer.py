@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import align_module_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
@@ -24,7 +25,7 @@ from ..modeling import CoOpModel, CoOpOutput
 from . import checkpoints
 from .adapter_trainer import AdapterTrainer
 from .arguments import PAPER_WARMUP_LR, VARIANTS, CoOpTrainingArguments
-from .epochs import FROZEN_IMAGE_EMBEDS, Epochs, GaussianAverage, epoch_cosine
+from .epochs import FROZEN_IMAGE_EMBEDS, EmbeddingBatches, Epochs, GaussianAverage, epoch_cosine, fits_on
 from .metrics import make_compute_metrics
 from .objectives import Frozen, cross_entropy, sigmoid
 from .screen import add_callbacks
@@ -273,6 +274,10 @@ class CoOpTrainer(AdapterTrainer):
             if asks and self.model.adapter.prompts_image_tower:
                 frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
         self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen, args.balanced_sampling)
+        is_plain = type(dataset) is EmbeddedImages and self.data_collator is _collate
+        if is_plain and args.world_size == 1 and fits_on(args.device, dataset.image_embeds):
+            self.epochs.place(args.device)
+            return EmbeddingBatches(self.epochs, self._train_batch_size, _collate)
         return self._get_dataloader(self.epochs, "Training", self._train_batch_size, SequentialSampler, True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -314,12 +319,19 @@ class CoOpTrainer(AdapterTrainer):
 
     def _mean_loss(self, outputs: CoOpOutput, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The objective, averaged over the images of the global batch: all processes, all accumulation steps."""
-        count = labels.ne(-100).sum()
-        share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
-        if not self.model.training:
-            return self._eval_loss(outputs, labels) * share
-        frozen = Frozen(self.model, outputs, share=share * self.args.world_size, kept=self._kept, **self._frozen)
-        return self._objective(outputs, labels, frozen) * share
+        share: Any = None if num_items_in_batch is None else labels.ne(-100).sum() / num_items_in_batch
+        if self.model.training:
+            weight = (1.0 if share is None else share) * self.args.world_size
+            frozen = Frozen(self.model, outputs, share=weight, kept=self._kept, **self._frozen)
+            loss = self._objective(outputs, labels, frozen)
+        else:
+            loss = self._eval_loss(outputs, labels)
+        return loss if share is None else loss * share
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        # A batch that is the whole global batch needs no count: its mean is the mean.
+        is_whole = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
+        return None if is_whole else super()._get_num_items_in_batch(batch_samples, device)
 
     def _eval_loss(self, outputs: CoOpOutput, labels: Tensor) -> Tensor:
         if self.args.objective == "sigmoid":
@@ -338,20 +350,36 @@ class CoOpTrainer(AdapterTrainer):
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        if self._looks_at_each_loss:
+            self._check_finite(loss, self.state.global_step + 1)
+        return loss
+
+    @property
+    def _looks_at_each_loss(self) -> bool:
+        # On another device every look would wait for the step: there losses are looked at before they are used.
+        return self.args.device.type == "cpu"
+
+    def _check_finite(self, loss: Tensor, step: int) -> None:
+        value = loss.item()
+        if not math.isfinite(value):
             saved = checkpoints.last_checkpoint(self.args.output_dir)
             raise FloatingPointError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}: training is stopped. "
+                f"the loss became {value} at step {step}: training is stopped. "
                 + (f"The last checkpoint, {saved}, is good. " if saved else "")
                 + "Lower the learning rate, check the images, or use bf16 or fp32 instead of fp16."
             )
-        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self._check_finite(tr_loss, self.state.global_step)  # the sum since the last log
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Only what is learned has a gradient: there is no need to walk through the base at every step.
         if grad_norm is None and getattr(self.accelerator, "scaler", None) is None:
-            learned = self.model.learned_parameters().values()
-            return torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
+            gradients = [p.grad for p in self.model.learned_parameters().values() if p.grad is not None]
+            return gradients[0].norm() if len(gradients) == 1 else torch.nn.utils.get_total_norm(gradients)
         return super()._get_grad_norm(model, grad_norm)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -359,6 +387,10 @@ class CoOpTrainer(AdapterTrainer):
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        prepared = self.optimizer
+        if isinstance(prepared, AcceleratedOptimizer) and prepared.scaler is None and self.args.device.type != "xla":
+            # Here the wrapper does nothing but look for a package among the installed ones, twice a step.
+            self.optimizer = prepared.optimizer
         if self.lr_scheduler is None and self.args.steps_by_epoch:
             warmup = PAPER_WARMUP_LR / self.args.learning_rate if self.args.learning_rate else 0.0
             factor = epoch_cosine(self.steps_per_epoch, self.num_epochs, warmup)
