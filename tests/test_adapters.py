@@ -175,10 +175,11 @@ def test_classes_in_chunks(deep_base, processor, pixels, case, text_pass):
     check_against_reference(model, NAMES, pixels)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("chunk_size, piece", [(None, 50), (2, 50), (None, 12)])
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("cocoop")])
-def test_images_in_groups_are_computed_again(deep_base, processor, monkeypatch, case, chunk_size):
+def test_images_in_groups_are_computed_again(deep_base, processor, monkeypatch, case, chunk_size, piece):
     monkeypatch.setattr(shared_prefix, "TOKENS_KEPT", 50)
+    monkeypatch.setattr(shared_prefix, "TOKENS_AGAIN", piece)
     monkeypatch.setattr(plain, "TOKENS_AT_ONCE", 50)
     many = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.arange(7) % len(NAMES)
@@ -195,6 +196,7 @@ def test_images_in_groups_are_computed_again(deep_base, processor, monkeypatch, 
     assert len(forward) > 1 and len(runs) == 2 * len(forward), "each group again in the backward pass"
     per_chunk = sum(forward) // 7
     assert sum(forward) == 7 * per_chunk and max(forward) < 7
+    assert piece == 50 or (per_chunk > 1 and max(forward) == 1), "one image at a time, in chunks of classes"
     check_against_reference(make(deep_base, processor, CASES[case], text_pass="plain"), NAMES, many, labels)
 
 

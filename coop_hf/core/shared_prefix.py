@@ -47,8 +47,9 @@ from .plain import TextPrompts, as_text_prompts, is_by_image
 __all__ = ["BLOCK_SIZE", "SharedPrefixPass", "class_parallel_features"]
 
 BLOCK_SIZE = 64  # tokens: large enough for efficient matrix products, small enough that masked-out scores cost little
-# With prompts for each image, at most so many tokens are kept for the backward pass; the rest is computed again.
-TOKENS_KEPT = 8192
+# With prompts for each image, at most so many tokens are kept for the backward pass; more are computed again, in
+# pieces of this size.
+TOKENS_KEPT, TOKENS_AGAIN = 8192, 3072
 
 KeysValues = list[tuple[Tensor, Tensor]]
 
@@ -194,7 +195,10 @@ class SharedPrefixPass:
         groups = 1
         if images > 1:
             live = sum(len(self.layout.tokens[c]) - self.live_starts[c] for c in classes) * chunk_size // len(classes)
-            groups = min(images, -(-images * (live + self.num_prefix) // TOKENS_KEPT))
+            tokens = live + self.num_prefix
+            if images * tokens > TOKENS_KEPT:  # computed again in any case: then in small pieces, which cost no more
+                groups = min(images, -(-images * tokens // TOKENS_AGAIN))
+                chunk_size = -(-chunk_size // -(-tokens // TOKENS_AGAIN))
         once = chunk_size == len(classes) and groups == 1
         rows = []
         for own in _split_images(by_layer, images, groups):
