@@ -1,9 +1,12 @@
 """The comparison of methods: what a method can see, what is measured, and that a second run completes the first."""
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -236,6 +239,42 @@ def test_failures_are_told(task, place):
     with pytest.raises(CellError, match="'dies' ended with exit code 9"):
         with processes.answer_elsewhere(place, "dies", few, COLOUR_OPTIONS):
             pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end otherwise on Windows")
+def test_a_cell_ends_with_who_started_it(tmp_path):
+    methods = tmp_path / "methods.py"
+    methods.write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(90)\n"
+    )
+    script = tmp_path / "start.py"
+    script.write_text(
+        "from coop_hf.experiments import processes as p\n"
+        "if __name__ == '__main__':\n"
+        f"    place = p.Place('none', {str(methods)!r})\n"
+        "    process, pipe = p._start(p._context(), p._serve, place, 'none', None, None)\n"
+        "    process.join()\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)]) as starter:
+        until = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < until and starter.poll() is None
+            time.sleep(0.1)
+        cell = int((tmp_path / "pid").read_text())
+        os.kill(cell, 0)  # it is there
+        starter.kill()
+    until = time.monotonic() + 20
+    while is_running(cell):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------- what is measured

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import datasets
@@ -93,8 +93,21 @@ def read_methods(path: str | None) -> dict[str, Method]:
 # ---------------------------------------------------------------------- in the process of a cell
 
 
+def _end_with_the_parent() -> None:
+    """Ends this process when the one that started it is gone, even in the middle of a training."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _serve(pipe: Connection, place: Place, name: str, draw: dict[str, Any] | None, options: Options) -> None:
     """Learns, and answers: the whole life of a cell's process."""
+    _end_with_the_parent()
     try:
         torch.set_num_threads(place.threads)
         method = read_methods(place.methods_file)[name]
