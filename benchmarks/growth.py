@@ -48,7 +48,7 @@ def text_point(panel: str, x: int, quick: bool) -> dict:
     from text_step import measure
 
     given = {"classes": 20 if quick else 100, "n_ctx": 16, "name_tokens": 2.2, "chunk": None, "repeats": 5}
-    given |= {"classes": {"classes": x}, "context": {"n_ctx": x}, "name": {"name_tokens": x}}[panel]
+    given |= {"classes": {"classes": x}, "context": {"n_ctx": x}, "name": {"name_tokens": float(x)}}[panel]
     if given["classes"] > 200:
         given["repeats"] = 3
     if given["classes"] >= 2000:

@@ -87,12 +87,16 @@ def test_training():
     assert results["fast"]["steps"] == 32
 
 
-@pytest.mark.parametrize("device", ["cpu"])
-def test_gpu_script_runs_without_one(device):
-    given = ["--device", device, "--size", "tiny", "--dtypes", "float32", "--modes", "eager"]
-    results = run("gpu.py", *given, "--classes", 5, "--steps", 3, "--repeats", 1)
-    assert [result["mode"] for result in results] == ["eager", "Trainer"]
-    assert not [result for result in results if "failed" in result]
+def test_gpu_script_runs_without_one():
+    results = run("gpu.py", "--device", "cpu", "--size", "tiny", "--dtypes", "float32")
+    cases = ["text step", "Trainer", "ImageNet's schedule"]
+    assert [result["case"] for result in results] == [*cases, *cases, "many classes"]
+    assert not [result for result in results if "failed" in result], results
+    eager, compiled = results[1], results[4]
+    assert (eager["mode"], compiled["mode"]) == ("eager", "compiled")
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+    schedule = results[2]
+    assert schedule["schedule_s"] == pytest.approx(schedule["before_s"] + 25 * schedule["step_ms"])
 
 
 def test_recipes(tmp_path):

@@ -372,8 +372,10 @@ class SharedPrefixPass:
 
     def _constant(self, key: Any, compute: Callable[[], KeysValues]) -> KeysValues:
         """`compute()`, kept until the base's weights change."""
-        state = self.weights_state()
         kept = self._constants.get(key)  # read once: another thread may drop it
+        if kept is not None and torch.compiler.is_compiling():
+            return kept[1]  # a compiled step is of the weights that it was compiled with
+        state = self.weights_state()
         if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # training may need it too
                 kept = self._constants[key] = (state, compute())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import align_module_device
+from accelerate.utils import DynamoBackend, align_module_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, set_seed
@@ -121,6 +121,10 @@ class CoOpTrainer(AdapterTrainer):
             train_dataset = self._as_images(train_dataset, model, augment=augment)
             self._counts = class_counts(train_dataset, model.class_names or [])
         self._complete(model, args, 1 if train_dataset is None else len(train_dataset))
+        self._compiles = True
+        self._may_fall_back = args.choose_compile(
+            1 if train_dataset is None else len(train_dataset), self._is_steady(model, train_dataset)
+        )
         if isinstance(eval_dataset, dict) and not hasattr(eval_dataset, "set_epoch"):
             eval_dataset = {name: self._as_images(part, model) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -188,6 +192,13 @@ class CoOpTrainer(AdapterTrainer):
                 betas = (args.adam_beta1, args.adam_beta2)
                 options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
                 self.optimizer_cls_and_kwargs = (VARIANTS[args.variant][0], options)
+
+    def _is_steady(self, model: CoOpModel, dataset: Any) -> bool:
+        """Whether each training step is the same work: learned text prompts against embeddings that lie ready."""
+        adapter = model.adapter
+        is_text = hasattr(adapter.config, "n_ctx") and not (adapter.reads_image or adapter.prompts_image_tower)
+        is_cached = isinstance(dataset, EmbeddedImages) or (isinstance(dataset, LabelledImages) and self._is_cached)
+        return is_text and is_cached and not getattr(self._objective, "needs_whole_batch", False)
 
     def _hp_search_setup(self, trial: Any) -> None:
         """The arguments of a training, once its model is there: those of a trial of `hyperparameter_search`, too."""
@@ -274,6 +285,10 @@ class CoOpTrainer(AdapterTrainer):
             if asks and self.model.adapter.prompts_image_tower:
                 frozen = self._embed(dataset, self.num_epochs if dataset.augment else None)
         self.epochs = Epochs(dataset, batch_size, self._image_options["seed"], frozen, args.balanced_sampling)
+        if args.torch_compile:
+            # Where the tokens stand is found out now: a compiler cannot follow that, and need not.
+            with torch.no_grad():
+                self.model.get_text_features(torch.ones(1, self.model.family.projection_dim, device=args.device))
         is_plain = type(dataset) is EmbeddedImages and self.data_collator is _collate
         if is_plain and args.world_size == 1 and fits_on(args.device, dataset.image_embeds):
             self.epochs.place(args.device)
@@ -340,7 +355,12 @@ class CoOpTrainer(AdapterTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As of `transformers.Trainer`; the loss is the mean over the images, each counted once."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        plugin = self.accelerator.state.dynamo_plugin
+        backend, plugin.backend = plugin.backend, DynamoBackend.NO
+        try:  # class embeddings are computed once, and batches differ in size: there is nothing to compile for
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            plugin.backend = backend
         whole = isinstance(output.predictions, np.ndarray) and isinstance(output.label_ids, np.ndarray)
         if whole and self.preprocess_logits_for_metrics is None:
             outputs = CoOpOutput(logits=torch.from_numpy(output.predictions))
@@ -349,7 +369,18 @@ class CoOpTrainer(AdapterTrainer):
         return output
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._may_fall_back and not self._compiles:
+            model = self.model
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except Exception as error:
+            if not self._may_fall_back or model is self.model:
+                raise
+            # It was not asked for, so it must not cost the training.
+            logger.warning("Training goes on without torch.compile, which failed (%s).", str(error)[:500])
+            self._compiles = False
+            self.model.zero_grad()
+            loss = super().training_step(self.model, inputs, num_items_in_batch)
         if self._looks_at_each_loss:
             self._check_finite(loss, self.state.global_step + 1)
         return loss
@@ -417,6 +448,11 @@ def _check_objective(args: CoOpTrainingArguments, is_cached: bool) -> None:
     """What an objective or an adapter cannot be trained with is told before work starts."""
     objective = args.get_objective()
     if getattr(objective, "needs_whole_batch", False):
+        if args.torch_compile:
+            raise ValueError(
+                f"the objective {args.objective!r} takes two gradients of one step, which torch.compile does not: "
+                "leave torch_compile out."
+            )
         if args.gradient_accumulation_steps > 1 or args.fp16:
             raise ValueError(
                 f"the objective {args.objective!r} needs the gradient of the whole batch at once: leave out "
