@@ -145,7 +145,7 @@ def in_own_process(panel: str, x: int, quick: bool) -> dict:
 def plot(points: list[dict], path: str) -> None:
     """What was measured as lines, the limits dashed, on log axes."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     figure = Figure(figsize=(15, 7), layout="constrained")
     for axes, (panel, (title, x_label, y_label)) in zip(figure.subplots(2, 4).flat, TITLES.items()):
@@ -162,11 +162,13 @@ def plot(points: list[dict], path: str) -> None:
             lines = [[p[key] for p in own] for key in ("seconds", "limit_s")]
         axes.plot(xs, lines[0], "o-", color="#0072B2", label="measured")
         axes.plot(xs, lines[1], "--", color="#D55E00", label="before the pass" if panel == "memory" else "limit")
-        axes.set(xscale="log", yscale="log", title=title, xlabel=x_label, ylabel=y_label)
+        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+        axes.set_title(title, fontsize=10)
         if panel not in ("classes", "memory"):
             axes.set_xticks(xs, labels=[f"{x:.3g}" for x in xs], minor=False)
             axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.axes[-1].set_visible(False)  # eight places, seven panels
