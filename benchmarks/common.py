@@ -5,14 +5,16 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 import transformers
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, PrinterCallback
 
-from coop_hf import __version__
+from coop_hf import CoOpModel, CoOpTrainer, CoOpTrainingArguments, __version__
 
 
 _SYLLABLES = [a + b for a in "bcdfghjklmnpqrstvwxz" for b in "aeiou"]
@@ -100,6 +102,28 @@ def matmul_rate(device: str = "cpu", dtype=torch.float32, rows: int = 4096, seco
         synchronize(device)
         best = max(best, 5 * 2 * rows * 512 * 2048 / (time.perf_counter() - start))
     return best
+
+
+def quiet_trainer(
+    model: CoOpModel, folder: str, train_dataset: Any, eval_dataset: Any = None, callbacks: Any = None, **arguments
+) -> CoOpTrainer:
+    """A Trainer that saves nothing and prints nothing to where the JSON goes."""
+    args = CoOpTrainingArguments(
+        folder, save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to="none", **arguments
+    )
+    trainer = CoOpTrainer(model, args, train_dataset, eval_dataset, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def in_own_process(script: str, given: Any, about: dict) -> dict:
+    """What `script --one GIVEN` prints, in a process whose peak memory is its own; if it fails, `about` and why."""
+    command = [sys.executable, script, "--one", json.dumps(given)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        why = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+        return {**about, "failed": why[0]}
+    return json.loads(process.stdout)
 
 
 def peak_memory_bytes() -> int:

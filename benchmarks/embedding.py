@@ -19,10 +19,10 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from common import WordTokenizer, make_base, make_names, report
-from transformers import CLIPImageProcessor, PrinterCallback, TrainerCallback
+from common import WordTokenizer, make_base, make_names, quiet_trainer, report
+from transformers import CLIPImageProcessor, TrainerCallback
 
-from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, LabelledImages, embed_images
+from coop_hf import CoOpConfig, CoOpModel, LabelledImages, embed_images
 from coop_hf.data.feature_cache import _ID_BYTES, FeatureCache, _tower_key
 
 
@@ -150,12 +150,8 @@ def second_run(folder: str, classes: int) -> dict:
     note("start")
     data = datasets.load_from_disk(f"{folder}/data")
     note("load_data_set")
-    args = CoOpTrainingArguments(
-        f"{folder}/out", feature_cache_dir=folder, max_steps=2, save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, per_device_train_batch_size=32,
-    )  # fmt: skip
-    trainer = CoOpTrainer(model, args, data, callbacks=[_First(note)])
-    trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
+    given = {"feature_cache_dir": folder, "max_steps": 2, "per_device_train_batch_size": 32}
+    trainer = quiet_trainer(model, f"{folder}/out", data, callbacks=[_First(note)], **given)
     note("make_trainer")
     get, growth = trainer._embed, {}
 

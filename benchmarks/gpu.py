@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import WordTokenizer, make_base, make_names, matmul_rate, report, synchronize, timed
+from common import WordTokenizer, make_base, make_names, matmul_rate, quiet_trainer, report, synchronize, timed
 from torch.nn import functional as F
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
+from coop_hf import CoOpConfig, CoOpModel, EmbeddedImages
 from coop_hf.core.layout import make_layout
 from coop_hf.core.packing import pack_tokens
 from coop_hf.core.shared_prefix import SharedPrefixPass
@@ -79,12 +79,8 @@ def trainer_step(base, classes: int, device: str, steps: int, first: int, shots:
     data = EmbeddedImages(torch.randn(count, base.config.projection_dim), torch.arange(count) % classes)
     clock = _Clock(first, device)
     with tempfile.TemporaryDirectory() as folder:
-        given = {"per_device_train_batch_size": 32, "use_cpu": device == "cpu", "disable_tqdm": True, **given}
-        arguments = CoOpTrainingArguments(
-            folder, max_steps=first + steps, save_strategy="no", logging_strategy="no", **given
-        )
-        trainer = CoOpTrainer(model=make_model(base, classes), args=arguments, train_dataset=data, callbacks=[clock])
-        trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
+        given = {"per_device_train_batch_size": 32, "use_cpu": device == "cpu", "max_steps": first + steps, **given}
+        trainer = quiet_trainer(make_model(base, classes), folder, data, callbacks=[clock], **given)
         measured = with_peak(device, lambda: {"loss": trainer.train().training_loss})
     step_s = (clock.end - clock.start) / steps
     return {**measured, "steps": steps, "step_ms": 1e3 * step_s, "before_s": clock.start - clock.begin}

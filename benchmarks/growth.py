@@ -13,13 +13,21 @@ own matrix product just then; of embedding, the bare image tower on prepared pix
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 
 import torch
-from common import WordTokenizer, machine, make_base, make_names, matmul_rate, peak_memory_bytes
+from common import (
+    WordTokenizer,
+    in_own_process,
+    machine,
+    make_base,
+    make_names,
+    matmul_rate,
+    peak_memory_bytes,
+    quiet_trainer,
+)
 
 
 # For each panel: what grows, and how far.
@@ -61,9 +69,8 @@ def text_point(panel: str, x: int, quick: bool) -> dict:
 def shots_point(shots: int, quick: bool) -> dict:
     """A whole training of the fast recipe from embedded images, as a user waits for it."""
     from text_step import distinct_tokens, layer_flops
-    from transformers import PrinterCallback
 
-    from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
+    from coop_hf import CoOpConfig, CoOpModel, EmbeddedImages
     from coop_hf.core.shared_prefix import SharedPrefixPass
 
     classes = 5 if quick else 20
@@ -73,9 +80,7 @@ def shots_point(shots: int, quick: bool) -> dict:
     data = EmbeddedImages(torch.randn(len(labels), base.config.projection_dim), labels)
     rate = matmul_rate()
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-        trainer = CoOpTrainer(model=model, args=CoOpTrainingArguments(folder, **quiet), train_dataset=data)
-        trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
+        trainer = quiet_trainer(model, folder, data)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -131,15 +136,6 @@ def one(panel: str, x: int, quick: bool) -> dict:
         "panel": panel, "x": x, "quick": quick, **result,
         "peak_memory_bytes": peak_memory_bytes(), "took_s": time.perf_counter() - start,
     }  # fmt: skip
-
-
-def in_own_process(panel: str, x: int, quick: bool) -> dict:
-    command = [sys.executable, __file__, "--one", json.dumps([panel, x, quick])]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        why = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        return {"panel": panel, "x": x, "quick": quick, "failed": why[0]}
-    return json.loads(process.stdout)
 
 
 def plot(points: list[dict], path: str) -> None:
@@ -209,7 +205,8 @@ def main() -> None:
             same = [p for p in points if (p["panel"], p["x"], p["quick"]) == (panel, x, args.quick)]
             if same and "failed" not in same[0]:
                 continue
-            point = in_own_process(panel, x, args.quick)
+            about = {"panel": panel, "x": x, "quick": args.quick}
+            point = in_own_process(__file__, [panel, x, args.quick], about)
             points = [p for p in points if p not in same] + [point]
             print({key: point[key] for key in point if key != "detail"}, flush=True)
             with open(f"{args.output}.part", "w", encoding="utf-8") as file:

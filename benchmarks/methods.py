@@ -25,11 +25,10 @@ Each measurement runs in a process of its own, so that its peak memory is its ow
 import argparse
 import json
 import math
-import subprocess
 import sys
 
 import torch
-from common import WordTokenizer, make_base, make_names, peak_memory_bytes, report, timed
+from common import WordTokenizer, in_own_process, make_base, make_names, peak_memory_bytes, report, timed
 from torch.nn import functional as F
 
 from coop_hf import CoOpModel
@@ -216,13 +215,6 @@ def measure(case, classes, repeats, plain, size, max_plain_classes, device, dtyp
     return result
 
 
-def in_own_process(given: dict) -> dict:
-    process = subprocess.run([sys.executable, __file__, "--one", json.dumps(given)], capture_output=True, text=True)
-    if process.returncode:
-        return {**given, "failed": process.stderr.strip().splitlines()[-1:] or f"exit code {process.returncode}"}
-    return json.loads(process.stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
@@ -248,7 +240,7 @@ def main() -> None:
     if args.size == "tiny":  # memory is not what is looked at
         report("methods", [measure(**given) for given in todo])
     else:
-        report("methods", [in_own_process(given) for given in todo])
+        report("methods", [in_own_process(__file__, given, given) for given in todo])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import tempfile
 import time
 
 import torch
-from common import WordTokenizer, make_base, make_names, report, timed
-from transformers import PrinterCallback, TrainerCallback
+from common import WordTokenizer, make_base, make_names, quiet_trainer, report, timed
+from transformers import TrainerCallback
 
-from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
+from coop_hf import CoOpConfig, CoOpModel, EmbeddedImages
 
 
 class _Clock(TrainerCallback):
@@ -44,12 +44,7 @@ def trainer_overhead(steps: int, images: int) -> dict:
 
     clock = _Clock(first)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = CoOpTrainingArguments(
-            folder, max_steps=steps, save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to="none"
-        )
-        trainer = CoOpTrainer(model=fresh(), args=arguments, train_dataset=data, callbacks=[clock])
-        trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
-        trainer.train()
+        quiet_trainer(fresh(), folder, data, callbacks=[clock], max_steps=steps).train()
     through = [1e3 * (b - a) / (steps - first) for a, b in zip(clock.start, clock.end)]
     model = fresh().train()
     optimizer = torch.optim.AdamW([model.context], lr=1e-2, weight_decay=0.0)

@@ -14,14 +14,12 @@ import time
 
 import numpy as np
 import torch
-from common import machine
-from transformers import PrinterCallback, set_seed
+from common import machine, quiet_trainer
+from transformers import set_seed
 
 from coop_hf import (
     CoOpConfig,
     CoOpModel,
-    CoOpTrainer,
-    CoOpTrainingArguments,
     EmbeddedImages,
     LabelledImages,
     embed_images,
@@ -110,17 +108,8 @@ def main() -> None:
                 fresh = CoOpModel(model.get_base_model(), config, names, model.processor)
                 epochs = paper_epochs(shots, len(names))
                 train = EmbeddedImages((views[:epochs] if recipe == "paper" else plain)[:, rows], labels)
-                arguments = CoOpTrainingArguments(
-                    folder.name,
-                    recipe=recipe,
-                    seed=seed,
-                    num_shots=shots,
-                    save_strategy="no",
-                    logging_strategy="no",
-                    disable_tqdm=True,
-                )
-                trainer = CoOpTrainer(model=fresh, args=arguments, train_dataset=train, eval_dataset=test_set)
-                trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
+                given = {"recipe": recipe, "seed": seed, "num_shots": shots}
+                trainer = quiet_trainer(fresh, folder.name, train, test_set, **given)
                 seconds = trainer.train().metrics["train_runtime"]
                 embedding = per_image * len(rows) * (epochs if recipe == "paper" else 1)
                 cells.append(

@@ -2,8 +2,8 @@
 
     python benchmarks/text_step.py                         100 classes, all variants
     python benchmarks/text_step.py --classes 10 100 1000   (the plain pass of 1,000 classes needs more than 24 GiB)
-    python benchmarks/text_step.py --sweep                 cost against classes, context length and name length
-                                                           (growth.py goes further, and draws)
+
+Cost against classes, context length and name length: growth.py.
 
 Each measurement runs in a process of its own, so that its peak memory is its own. Plain and shared pass are timed in
 turn within one run, with the machine's matrix product before each, and the ratio is of medians.
@@ -11,11 +11,10 @@ turn within one run, with the machine's matrix product before each, and the rati
 
 import argparse
 import json
-import subprocess
 import sys
 
 import torch
-from common import WordTokenizer, make_base, make_names, matmul_rate, peak_memory_bytes, report, timed
+from common import WordTokenizer, in_own_process, make_base, make_names, matmul_rate, peak_memory_bytes, report, timed
 
 from coop_hf.core.layout import make_layout
 from coop_hf.core.plain import plain_text_features
@@ -89,14 +88,6 @@ def measure(position, class_specific, classes, n_ctx, name_tokens, chunk, plain,
     return result
 
 
-def in_own_process(given: dict) -> dict:
-    command = [sys.executable, __file__, "--one", json.dumps(given)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        return {**given, "failed": process.stderr.strip().splitlines()[-1:] or f"exit code {process.returncode}"}
-    return json.loads(process.stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[100])
@@ -106,7 +97,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no_plain", action="store_true")
     parser.add_argument("--max_plain_classes", type=int, default=200, help="above it the plain pass is left out")
-    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--size", default="b32", choices=["b32", "tiny"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -116,20 +106,12 @@ def main() -> None:
     common = {"n_ctx": args.n_ctx, "name_tokens": args.name_tokens, "chunk": args.text_chunk_size}
     common |= {"repeats": args.repeats, "size": args.size}
     todo = []
-    if args.sweep:
-        common["plain"] = False
-        end = {"position": "end", "class_specific": False}
-        todo += [{**common, **end, "classes": classes} for classes in (10, 30, 100, 300, 1000, 3000)]
-        todo += [{**common, **end, "classes": 21841, "chunk": 1024, "repeats": 1}]
-        todo += [{**common, **end, "classes": 100, "n_ctx": n_ctx} for n_ctx in (1, 4, 8, 16, 32)]
-        todo += [{**common, **end, "classes": 100, "name_tokens": tokens} for tokens in (1.0, 2.0, 4.0, 8.0)]
-    else:
-        for classes in args.classes:
-            plain = not args.no_plain and classes <= args.max_plain_classes
-            for position, class_specific in VARIANTS:
-                given = {"position": position, "class_specific": class_specific, "classes": classes, "plain": plain}
-                todo.append({**common, **given})
-    report("text_step", [in_own_process(given) for given in todo])
+    for classes in args.classes:
+        plain = not args.no_plain and classes <= args.max_plain_classes
+        for position, class_specific in VARIANTS:
+            given = {"position": position, "class_specific": class_specific, "classes": classes, "plain": plain}
+            todo.append({**common, **given})
+    report("text_step", [in_own_process(__file__, given, given) for given in todo])
 
 
 if __name__ == "__main__":

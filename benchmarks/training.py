@@ -13,11 +13,10 @@ import tempfile
 import time
 
 import torch
-from common import WordTokenizer, make_base, make_names, report
+from common import WordTokenizer, make_base, make_names, quiet_trainer, report
 from torch.nn import functional as F
-from transformers import PrinterCallback
 
-from coop_hf import CoOpConfig, CoOpModel, CoOpTrainer, CoOpTrainingArguments, EmbeddedImages
+from coop_hf import CoOpConfig, CoOpModel, EmbeddedImages
 from coop_hf.core.plain import plain_text_features
 from coop_hf.training.arguments import paper_epochs
 
@@ -75,16 +74,8 @@ def main() -> None:
     data = EmbeddedImages(embeddings, torch.arange(num_images) % args.classes)
     for recipe in ("fast", "paper"):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = CoOpTrainingArguments(
-                folder,
-                recipe=recipe,
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                max_steps=args.paper_steps if recipe == "paper" else -1,
-            )
-            trainer = CoOpTrainer(model=fresh(), args=arguments, train_dataset=data)
-            trainer.remove_callback(PrinterCallback)  # prints to where the JSON goes
+            max_steps = args.paper_steps if recipe == "paper" else -1
+            trainer = quiet_trainer(fresh(), folder, data, recipe=recipe, max_steps=max_steps)
             start = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - start

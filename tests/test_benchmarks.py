@@ -28,6 +28,8 @@ def test_text_step():
     for result in results:
         assert result["feature_error"] < 1e-5 and result["gradient_error"] < 1e-4
         assert result["peak_memory_bytes"] > result["memory_before_bytes"] > 0
+    results = run("text_step.py", "--size", "tiny", "--classes", 3, "--repeats", 1, "--no_plain")
+    assert len(results) == 4 and not any("plain_77" in result or "failed" in result for result in results)
 
 
 def test_methods():

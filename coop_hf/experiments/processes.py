@@ -93,21 +93,8 @@ def read_methods(path: str | None) -> dict[str, Method]:
 # ---------------------------------------------------------------------- in the process of a cell
 
 
-def _end_with_the_parent() -> None:
-    """Ends this process when the one that started it is gone, even in the middle of a training."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-
-
 def _serve(pipe: Connection, place: Place, name: str, draw: dict[str, Any] | None, options: Options) -> None:
     """Learns, and answers: the whole life of a cell's process."""
-    _end_with_the_parent()
     try:
         torch.set_num_threads(place.threads)
         method = read_methods(place.methods_file)[name]
@@ -202,10 +189,23 @@ def _context(threads: int = 1) -> Any:
     return context
 
 
+def _run(target: Any, *arguments: Any) -> None:
+    """Calls a function in a process that ends with the one that started it, even in the middle of a training."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    target(*arguments)
+
+
 def _start(context: Any, target: Any, *arguments: Any) -> tuple[Any, Connection]:
     """A process, and the pipe to it."""
     pipe, other = context.Pipe()
-    process = context.Process(target=target, args=(other, *arguments), daemon=True)
+    process = context.Process(target=_run, args=(target, other, *arguments), daemon=True)
     process.start()
     other.close()
     return process, pipe

@@ -120,11 +120,10 @@ class CoOpTrainer(AdapterTrainer):
             augment = args.recipe == "paper" if args.augment is None else args.augment
             train_dataset = self._as_images(train_dataset, model, augment=augment)
             self._counts = class_counts(train_dataset, model.class_names or [])
-        self._complete(model, args, 1 if train_dataset is None else len(train_dataset))
+        num_images = 1 if train_dataset is None else len(train_dataset)
+        self._complete(model, args, num_images)
         self._compiles = True
-        self._may_fall_back = args.choose_compile(
-            1 if train_dataset is None else len(train_dataset), self._is_steady(model, train_dataset)
-        )
+        self._may_fall_back = args.choose_compile(num_images, self._is_steady(model, train_dataset))
         if isinstance(eval_dataset, dict) and not hasattr(eval_dataset, "set_epoch"):
             eval_dataset = {name: self._as_images(part, model) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
