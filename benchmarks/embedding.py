@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,31 +72,39 @@ def spent(function) -> tuple[float, float]:
 
 @torch.no_grad()
 def speed(count: int, batch_size: int, repeats: int, size: str, device: str) -> dict:
-    """In turn, so that a drifting machine hits both; the ratio of processor seconds also holds on a busy one."""
+    """In turn, so that a drifting machine hits all; the ratio of processor seconds also holds on a busy one."""
     model, data = make_model(10, size, device), make_jpegs(count, 10)
     images = LabelledImages(data, model.image_processor)
     batch = torch.stack([images.view(i) for i in range(batch_size)])
 
-    def bare():
-        for start in range(0, count, batch_size):
-            model.get_image_features(batch[: min(batch_size, count - start)]).float().cpu()
+    def bare(step):
+        for start in range(0, count, step):
+            model.get_image_features(batch[: min(step, count - start)]).float().cpu()
 
     def embed(workers=None):
         with tempfile.TemporaryDirectory() as folder:
             embed_images(model, images, cache_dir=folder, batch_size=batch_size, num_workers=workers, progress=False)
 
-    bare()  # warm
-    runs = [(spent(bare), spent(embed), spent(lambda: embed(0))) for _ in range(repeats)]
-    walls, cpus = ([[run[kind][i] for run in runs] for kind in range(3)] for i in range(2))
-    best = [min(wall) for wall in walls]
-    decode = spent(lambda: [images.view(i) for i in range(64)])[1] / 64
-    return {
-        "images": count, "decode_and_preprocess_ms": 1e3 * decode,
-        "bare_images_per_s": count / best[0], "embed_images_per_s": count / best[1],
-        "embed_without_workers_images_per_s": count / best[2],
-        "speed_over_bare_tower_wall": sorted(a / b for a, b in zip(walls[0], walls[1]))[repeats // 2],
-        "speed_over_bare_tower_cpu": sorted(a / b for a, b in zip(cpus[0], cpus[1]))[repeats // 2],
-    }  # fmt: skip
+    kinds = {
+        f"bare_in_steps_of_{batch_size}": lambda: bare(batch_size),
+        "bare_in_steps_of_16": lambda: bare(16),  # what embed_images takes on a CPU, where it is the faster one
+        "embed": embed,
+        "embed_without_workers": lambda: embed(0),
+    }
+    bare(batch_size)  # warm
+    rounds = [{kind: spent(kinds[kind]) for kind in kinds} for _ in range(repeats)]
+    result = {
+        "images": count,
+        "decode_and_preprocess_ms": spent(lambda: [images.view(i) for i in range(64)])[1] / 0.064,
+    }
+    for kind in kinds:
+        walls = [run[kind][0] for run in rounds]
+        result[kind] = {"images_per_s": count / statistics.median(walls), "seconds": walls}
+    for kind in list(kinds)[:2]:
+        for i, clock in enumerate(("wall", "cpu")):
+            ratios = [run[kind][i] / run["embed"][i] for run in rounds]
+            result[f"embed_over_{kind}_{clock}"] = statistics.median(ratios)
+    return result
 
 
 def memory() -> dict:

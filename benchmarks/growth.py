@@ -97,7 +97,7 @@ def images_point(count: int, quick: bool) -> dict:
     from coop_hf import LabelledImages, embed_images
 
     model = make_model(10, "tiny" if quick else "b32")
-    images, batch_size = LabelledImages(make_jpegs(count, 10), model.image_processor), 64
+    images, batch_size = LabelledImages(make_jpegs(count, 10), model.image_processor), 16
     batch = torch.stack([images.view(i) for i in range(min(count, batch_size))])
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         model.get_image_features(batch)  # warm
