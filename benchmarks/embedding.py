@@ -75,7 +75,7 @@ def speed(count: int, batch_size: int, repeats: int, size: str, device: str) -> 
     """In turn, so that a drifting machine hits all; the ratio of processor seconds also holds on a busy one."""
     model, data = make_model(10, size, device), make_jpegs(count, 10)
     images = LabelledImages(data, model.image_processor)
-    batch = torch.stack([images.view(i) for i in range(batch_size)])
+    batch = torch.stack([images.view(i) for i in range(min(batch_size, count))])
 
     def bare(step):
         for start in range(0, count, step):
@@ -95,7 +95,7 @@ def speed(count: int, batch_size: int, repeats: int, size: str, device: str) -> 
     rounds = [{kind: spent(kinds[kind]) for kind in kinds} for _ in range(repeats)]
     result = {
         "images": count,
-        "decode_and_preprocess_ms": spent(lambda: [images.view(i) for i in range(64)])[1] / 0.064,
+        "decode_and_preprocess_ms": 1e3 * spent(lambda: [images.view(i) for i in range(count)])[1] / count,
     }
     for kind in kinds:
         walls = [run[kind][0] for run in rounds]

@@ -58,6 +58,11 @@ def test_overhead():
     assert results["trainer"]["trainer_step_ms"] > 0 and results["inference"]["images_per_s"] > 0
 
 
+def test_embedding():
+    speed = run("embedding.py", "--only", "speed", "--size", "tiny", "--images", 20, "--repeats", 1)["speed"]
+    assert speed["embed"]["images_per_s"] > 0 and speed["embed_over_bare_in_steps_of_64_cpu"] < 1.5
+
+
 def test_growth_is_drawn_and_taken_up(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(FOLDER / "growth.py"), "--output", "growth.json", "--plot-dir", "images", "--quick"]

@@ -63,6 +63,13 @@ def test_plain_views_are_what_the_image_tower_gives(model, processor, tmp_path):
     torch.testing.assert_close(embeddings[0], direct(model, images), rtol=1e-5, atol=1e-6)
 
 
+def test_a_tower_on_a_cpu_takes_few_images_at_a_time(model, processor, tmp_path, counted):
+    images = labelled(pictures(37), processor)
+    embeddings = embed_images(model, images, cache_dir=tmp_path, progress=False)
+    assert counted == [16, 16, 5]
+    assert torch.allclose(embeddings[0], direct(model, images), atol=1e-5)
+
+
 def test_augmented_views_are_those_of_the_epochs(model, processor, tmp_path):
     images = labelled(pictures(5), processor, augment=True, seed=3)
     embeddings = embed_images(model, images, num_views=4, cache_dir=tmp_path, batch_size=3, progress=False)

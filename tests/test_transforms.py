@@ -289,6 +289,24 @@ def test_other_families(name):
     assert torch.allclose(flipped, own.flip(-1), atol=1e-5)
 
 
+class Negative(type(make_image_processor(24))):
+    """Somebody's own: does one thing more, and more slowly."""
+
+    def __call__(self, images, **kwargs):
+        made = super().__call__(images, **kwargs)
+        made["pixel_values"] = -made["pixel_values"]
+        return made
+
+
+def test_a_processor_of_somebodys_own_is_used_as_it_is(processor):
+    own, image = Negative.from_dict(processor.to_dict()), picture(6, (24, 24))
+    assert torch.equal(eval_transform(own)(image), -eval_transform(processor)(image))
+    # Of what it does to training images, only its numbers are known.
+    whole = {"flip": False, "scale": (1, 1), "ratio": (1, 1)}
+    pixels = [train_transform(kind, **whole)(image, np.random.default_rng(0)) for kind in (own, processor)]
+    assert torch.allclose(*pixels, atol=1e-6) and torch.equal(pixels[1], eval_transform(processor)(image))
+
+
 def test_naflex():
     processor, image = Siglip2ImageProcessor(patch_size=8, max_num_patches=12), picture(7, (96, 40))
     made = eval_transform(processor)(image)
