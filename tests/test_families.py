@@ -5,7 +5,11 @@ text model.
 """
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -736,3 +740,42 @@ def test_linear_probe(family):
     probe = fit_linear_probe(features[0], train["label"], features[1], validation["label"], list(COLOURS), num_steps=2)
     assert probe.val_accuracy >= 0.8
     assert probe.logits(features[1]).shape == (9, 3)
+
+
+SIGLIP_BASE = """
+import json, resource, time
+import torch
+from family_kit import make_siglip_tokenizer
+from transformers import SiglipConfig, SiglipModel
+from coop_hf import CoOpConfig, CoOpModel
+
+config = SiglipConfig(text_config={}, vision_config={"num_hidden_layers": 1})  # the defaults are SigLIP-base's
+text = config.text_config
+assert (text.hidden_size, text.num_hidden_layers, text.max_position_embeddings) == (768, 12, 64)
+names = [f"small {i} dog" for i in range(CLASSES)]
+model = CoOpModel(SiglipModel(config), CoOpConfig(n_ctx=16), names, make_siglip_tokenizer())
+start = time.perf_counter()
+image_embeds = torch.nn.functional.normalize(torch.randn(32, 768), dim=-1)
+model(image_embeds=image_embeds, labels=torch.arange(32) % CLASSES).loss.backward()
+print(json.dumps({
+    "seconds": time.perf_counter() - start,
+    "gradient": model.context.grad.norm().item(),
+    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+@pytest.mark.parametrize("classes", [128, 1000])
+def test_many_classes_of_siglip_base_take_no_more_memory_than_few(classes):
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    script = SIGLIP_BASE.replace("CLASSES", str(classes))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=3600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    step = json.loads(done.stdout)
+    print(classes, "classes:", step)
+    assert step["peak_bytes"] < 8 * 2**30 and 0 < step["gradient"] < float("inf")
