@@ -6,7 +6,6 @@ through the base model's own modules, so any checkpoint, dtype, LoRA layer, quan
 working, and nothing in the base is changed.
 """
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -179,13 +178,11 @@ class Family:
         rows = [value.to(hidden.dtype).expand(len(hidden), -1, -1) for _, value in sorted(prompts.items())]
         by_layer = dict(zip(sorted(prompts), rows))
         hidden = self.norm_image(torch.cat([hidden, by_layer[0]], dim=1))
-        # ChineseCLIP's layers take none in the oldest transformers.
-        takes_mask = "attention_mask" in inspect.signature(self.vision_layers[0].forward).parameters
-        masks = [self.image_mask(hidden, **image_inputs)] if takes_mask else []
+        mask = self.image_mask(hidden, **image_inputs)
         for index, layer in enumerate(self.vision_layers):
             if index and index in by_layer:
                 hidden = torch.cat([hidden[:, : -by_layer[index].shape[1]], by_layer[index]], dim=1)
-            hidden = _hidden(layer(hidden, *masks))
+            hidden = _hidden(layer(hidden, mask))
         return self.pool_image(hidden, **image_inputs)
 
     def pooled_image(self, pixel_values: Tensor, **image_inputs: Tensor) -> Tensor:
