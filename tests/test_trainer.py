@@ -712,7 +712,7 @@ def test_frozen_features_of_each_view_are_computed_once(deep_base, processor, tm
         results.append(model.adapter.learned_state())
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
-    # 12 images in batches of 4: 9 steps; the frozen tower sees 36 or 12 views, 16 at a time, or every batch beside them
+    # 12 images in batches of 4: 9 steps; the frozen tower sees 36 or 12 views, 16 a time, or every batch beside them
     assert calls == [(3 if recipe == "paper" else 1, 9), (9, 9)]
 
 
