@@ -1,5 +1,7 @@
 """The plain pass, the truth that every faster pass is held to: every prompt a padded row through the text tower."""
 
+import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -73,13 +75,38 @@ def plain_text_features(
             if torch.is_grad_enabled() and own and images * layout.num_classes > at_once:
                 features.append(
                     checkpoint(
-                        _rows, family, layout, own, length, classes, use_reentrant=False, preserve_rng_state=False
+                        _rows_again,
+                        family,
+                        layout,
+                        own,
+                        length,
+                        classes,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
                     )
                 )
             else:
                 features.append(_rows(family, layout, own, length, classes))
         rows.append(torch.cat(features) if len(features) > 1 else features[0])
     return torch.stack(rows) if is_by_image(prompts) else rows[0]
+
+
+@functools.cache
+def _trim_heap() -> Any:
+    """glibc's call to give free memory back to the system; one that does nothing elsewhere."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return lambda padding: 0
+
+
+def _rows_again(*given: Any) -> Tensor:
+    """One of many chunks, which is computed here and once more before its backward pass."""
+    if given[0].device.type == "cpu":
+        # glibc does not find the holes again that aligned blocks of a few MiB leave: 1,000 classes of SigLIP-base
+        # held 13.6 GiB, most of it free.
+        _trim_heap()(0)
+    return _rows(*given)
 
 
 def _rows(family: Family, layout: PromptLayout, prompts: dict[int, Tensor], length: int, classes: range) -> Tensor:
