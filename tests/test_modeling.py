@@ -65,12 +65,15 @@ def assert_untouched(base, before):
 
 
 class CountTextTower:
-    """Counts how often the text tower's first layer runs its key projection: every pass needs it."""
+    """Counts how often the text tower's first layer runs its key projection: every pass needs it.
+
+    The base is shared: `count_text_tower` takes the hook off it again.
+    """
 
     def __init__(self, model):
         projection = model.base_model.text_model.encoder.layers[0].self_attn.k_proj
         self.calls = 0
-        projection.register_forward_hook(self.count)
+        self.hook = projection.register_forward_hook(self.count)
 
     def count(self, *args):
         self.calls += 1
@@ -78,6 +81,19 @@ class CountTextTower:
     def since(self):
         calls, self.calls = self.calls, 0
         return calls
+
+
+@pytest.fixture
+def count_text_tower():
+    counters = []
+
+    def count(model):
+        counters.append(CountTextTower(model))
+        return counters[-1]
+
+    yield count
+    for counter in counters:
+        counter.hook.remove()
 
 
 # ---------------------------------------------------------------- every variant against the reference
@@ -482,9 +498,9 @@ def test_training_mode(base, tokenizer):
 
 
 @pytest.mark.parametrize("text_pass", ["plain", "shared"])
-def test_class_embeddings_are_computed_once(tokenizer, image_embeds, text_pass):
+def test_class_embeddings_are_computed_once(tokenizer, image_embeds, text_pass, count_text_tower):
     model = make_model(make_base(tokenizer), tokenizer, n_ctx=3, text_pass=text_pass).eval()
-    counter = CountTextTower(model)
+    counter = count_text_tower(model)
     with torch.no_grad():
         first = model(image_embeds=image_embeds).logits
         assert counter.since() > 0
@@ -600,9 +616,9 @@ def test_kept_class_embeddings_follow_every_change(tokenizer, image_embeds, chan
         assert (model(image_embeds=image_embeds).logits - after).abs().max() == 0
 
 
-def test_kept_class_embeddings_of_the_disabled_adapter(tokenizer, image_embeds):
+def test_kept_class_embeddings_of_the_disabled_adapter(tokenizer, image_embeds, count_text_tower):
     model = make_model(make_base(tokenizer), tokenizer, n_ctx=3).eval()
-    counter = CountTextTower(model)
+    counter = count_text_tower(model)
     with torch.no_grad():
         learned = model(image_embeds=image_embeds).logits
         with model.disable_adapter():
@@ -847,11 +863,11 @@ def test_arguments_of_predict(predictor, pictures, base, tokenizer):
         make_model(base, tokenizer).predict(pictures)
 
 
-def test_prediction_changes_nothing(base, processor, pictures):
+def test_prediction_changes_nothing(base, processor, pictures, count_text_tower):
     model = make_model(base, processor, n_ctx=2)
     model.predict(pictures)
     assert model.training and model.context.requires_grad
-    counter = CountTextTower(model)
+    counter = count_text_tower(model)
     model.predict(pictures * 4, batch_size=1)
     assert counter.since() == 0, "class embeddings are computed once, not for each batch"
 
