@@ -5,14 +5,13 @@ python benchmarks/embedding.py --only open --rows 1300000
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -20,11 +19,11 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from common import WordTokenizer, make_base, make_names, quiet_trainer, report
+from common import WordTokenizer, in_own_process, make_base, make_names, quiet_trainer, report
 from transformers import CLIPImageProcessor, TrainerCallback
 
 from coop_hf import CoOpConfig, CoOpModel, LabelledImages, embed_images
-from coop_hf.data.feature_cache import _ID_BYTES, FeatureCache, _tower_key
+from coop_hf.data.feature_cache import _CPU_BATCH, _ID_BYTES, FeatureCache, _tower_key
 
 
 class Processor:
@@ -77,20 +76,17 @@ def speed(count: int, batch_size: int, repeats: int, size: str, device: str) -> 
     images = LabelledImages(data, model.image_processor)
     batch = torch.stack([images.view(i) for i in range(min(batch_size, count))])
 
-    def bare(step):
+    def bare(step):  # the base model's own forward
         for start in range(0, count, step):
-            model.get_image_features(batch[: min(step, count - start)]).float().cpu()
+            model.get_base_model().get_image_features(batch[: min(step, count - start)].to(device))
 
     def embed(workers=None):
         with tempfile.TemporaryDirectory() as folder:
             embed_images(model, images, cache_dir=folder, batch_size=batch_size, num_workers=workers, progress=False)
 
-    kinds = {
-        f"bare_in_steps_of_{batch_size}": lambda: bare(batch_size),
-        "bare_in_steps_of_16": lambda: bare(16),  # what embed_images takes on a CPU, where it is the faster one
-        "embed": embed,
-        "embed_without_workers": lambda: embed(0),
-    }
+    steps = sorted({batch_size, _CPU_BATCH})  # the latter is what embed_images takes on a CPU, where it is faster
+    bares = {f"bare_in_steps_of_{step}": functools.partial(bare, step) for step in steps}
+    kinds = {**bares, "embed": embed, "embed_without_workers": lambda: embed(0)}
     bare(batch_size)  # warm
     rounds = [{kind: spent(kinds[kind]) for kind in kinds} for _ in range(repeats)]
     result = {
@@ -100,7 +96,7 @@ def speed(count: int, batch_size: int, repeats: int, size: str, device: str) -> 
     for kind in kinds:
         walls = [run[kind][0] for run in rounds]
         result[kind] = {"images_per_s": count / statistics.median(walls), "seconds": walls}
-    for kind in list(kinds)[:2]:
+    for kind in bares:
         for i, clock in enumerate(("wall", "cpu")):
             ratios = [run[kind][i] / run["embed"][i] for run in rounds]
             result[f"embed_over_{kind}_{clock}"] = statistics.median(ratios)
@@ -186,11 +182,6 @@ def second_run(folder: str, classes: int) -> dict:
     }  # fmt: skip
 
 
-def in_a_process(folder: str, classes: int) -> dict:
-    command = [sys.executable, __file__, "--second_run", folder, "--classes", str(classes)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["results"]
-
-
 def few_shot(classes: int, shots: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         make_jpegs(classes * shots, classes).save_to_disk(f"{folder}/data")
@@ -199,7 +190,7 @@ def few_shot(classes: int, shots: int) -> dict:
         cache = FeatureCache(f"{folder}/features/{_tower_key(model, labelled)}", 512, [])
         ids = [hashlib.blake2b(key + b"plain", digest_size=_ID_BYTES).digest() for key in labelled.content_keys()]
         cache.add(ids, torch.randn(len(ids), 512))
-        return {"images": len(ids), **in_a_process(folder, classes)}
+        return {"images": len(ids), **in_own_process(__file__, [folder, classes], {})}
 
 
 def large(rows: int, classes: int) -> dict:
@@ -210,7 +201,7 @@ def large(rows: int, classes: int) -> dict:
             for root, _, names in os.walk(f"{folder}/features")
             for name in names
         )
-        return {"rows": rows, "file_mb": size / 2**20, **in_a_process(folder, classes)}
+        return {"rows": rows, "file_mb": size / 2**20, **in_own_process(__file__, [folder, classes], {})}
 
 
 def main() -> None:
@@ -223,10 +214,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=1_300_000)
     parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--second_run", help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.second_run:
-        return report("second_run", second_run(args.second_run, args.classes))
+    if args.one:
+        return print(json.dumps(second_run(*json.loads(args.one))))
     results = {}
     if args.only in (None, "speed"):
         results["speed"] = speed(args.images, args.batch_size, args.repeats, args.size, args.device)

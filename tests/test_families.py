@@ -187,6 +187,27 @@ def test_nothing_learned_is_the_familys_own_forward(family):
     assert relative_error(output.image_embeds, F.normalize(features, dim=-1)) < 1e-5
 
 
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(SIGMOID) - {"align"}))
+def test_the_last_image_layer_runs_for_the_class_token_alone(family):
+    base, processor = fresh_family(family)
+    model, tower, seen = make_coop(family, base=base), base.vision_model, []
+    last, inputs = tower.encoder.layers[-1], image_inputs(processor, photos())
+    last.mlp.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    with torch.no_grad():
+        short = model.get_image_features(**inputs)
+        stock = model.get_base_model().get_image_features(**inputs).pooler_output
+        assert relative_error(short, stock) < 1e-6
+        tokens = seen[1][1]
+        assert seen == [(len(stock), 1, seen[0][2]), (len(stock), tokens, seen[0][2])] and tokens > 1
+        # Who watches the tower, its encoder or the layer sees it called whole.
+        for module in (tower, tower.encoder, last):
+            calls = []
+            hook = module.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+            assert torch.equal(model.get_image_features(**inputs), stock)
+            hook.remove()
+            assert calls == [1] and seen.pop()[1] == tokens
+
+
 @every_family
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("class_specific", [False, True])
