@@ -42,7 +42,7 @@ def test_whatever_is_set_overrides_the_recipe(tmp_path):
 def test_the_fast_recipe_takes_all_images_at_once(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast")
     args.complete(321, 16, 20, 0.02)
-    assert args.per_device_train_batch_size == 321 and args.max_steps == 200
+    assert args.per_device_train_batch_size == 321 and args.max_steps == 360
     assert args.learning_rate == pytest.approx(0.05 * 0.02)  # in units of the token embeddings
     assert args.variant == "tensor_adam"
     assert "one second moment for a tensor" in args.describe(200)["hyperparameters"]["optimizer"]
@@ -55,7 +55,8 @@ def test_the_fast_recipe_takes_all_images_at_once(tmp_path):
 
 
 def test_the_fast_recipes_length_follows_the_shots(tmp_path):
-    assert [fast_steps(shots) for shots in (1, 2, 4, 8, 16, 10_000)] == [20, 32, 56, 104, 200, 200]
+    assert [fast_steps(shots) for shots in (1, 2, 4, 8, 12, 16, 10_000)] == [20, 32, 56, 104, 232, 360, 360]
+    assert [fast_steps(shots, 200) for shots in (1, 2, 4, 8, 12, 16, 10_000)] == [20, 32, 56, 104, 152, 200, 200]
     for classes in (2, 37, 1000):  # no more than the paper's at 1 shot, a tenth at 16
         for shots in (1, 2, 4, 8, 16):
             paper = paper_epochs(shots, classes) * max(1, shots * classes // 32)
@@ -63,6 +64,18 @@ def test_the_fast_recipes_length_follows_the_shots(tmp_path):
             args.complete(shots * classes, shots, classes, 0.02)
             assert args.max_steps == fast_steps(shots) and (shots > 1 or args.max_steps <= paper)
             assert not (shots == 16 and classes >= 37) or 10 * args.max_steps <= paper
+
+
+def test_the_fast_recipes_rate_follows_the_shots(tmp_path):
+    for shots, rate in [(1, 0.05), (8, 0.05), (12, 0.125), (16, 0.2), (500, 0.2)]:
+        args = CoOpTrainingArguments(str(tmp_path))
+        args.complete(shots * 20, shots, 20, 0.02)
+        assert args.learning_rate == pytest.approx(rate * 0.02)
+    # What longer trainings were examined for is CoOp's own objective.
+    for given_objective, method in [("kgcoop", "coop"), ("cross_entropy", "deep_text")]:
+        args = CoOpTrainingArguments(str(tmp_path), objective=given_objective)
+        args.complete(16 * 20, 16, 20, 0.02, method=method)
+        assert (args.max_steps, args.learning_rate) == (200, pytest.approx(0.05 * 0.02))
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20), st.integers(1, 1000))

@@ -68,7 +68,7 @@ _HELP = {
     "style": "whose drawings, of the embedded emoji",
     "on_bad_image": "'raise' or 'skip'",
     "seed": "of the draw, the start and the order",
-    "recipe": "'fast' (200 steps on all images) or 'paper' (as published)",
+    "recipe": "'fast' (20 to 360 steps on all images) or 'paper' (as published)",
     "num_train_epochs": "passes over the images (default: the recipe's)",
     "max_steps": "steps, instead of epochs (default: the recipe's)",
     "learning_rate": "default: the recipe's",

@@ -21,6 +21,7 @@ __all__ = [
     "PAPER_RECIPES",
     "PAPER_WARMUP_LR",
     "RECIPES",
+    "fast_learning_rate",
     "fast_steps",
     "get_recipe",
     "paper_epochs",
@@ -39,10 +40,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {
         "optim": "adamw_torch",
         "variant": "tensor_adam",
-        "learning_rate": None,  # FAST_LEARNING_RATE times the size of a token embedding
+        "learning_rate": None,  # by `rates`, see fast_learning_rate
+        "rates": (0.05, 0.05),
         "weight_decay": 0.0,
         "batch_size": 16384,
-        "max_steps": 200,  # at most, see fast_steps
+        "max_steps": 200,  # from 16 shots on, see fast_steps
     },
 }
 
@@ -63,8 +65,11 @@ PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
     },
 }
 
-# Of the fast recipe, where a step on all images would be too much: class embeddings for each image.
-FAST_RECIPES: dict[str, dict] = {"cocoop": {"batch_size": 8}}
+# Of the fast recipe, what a method, or a method with an objective, has of its own.
+FAST_RECIPES: dict[str | tuple[str, str], dict] = {
+    ("coop", "cross_entropy"): {"max_steps": 360, "rates": (0.05, 0.2)},
+    "cocoop": {"batch_size": 8},  # all images in a step would be too much: class embeddings for each
+}
 
 # Optimizers that transformers has no name for, which take the values of its "adamw_torch".
 VARIANTS: dict[str, tuple[type[torch.optim.Optimizer], str]] = {
@@ -74,10 +79,6 @@ VARIANTS: dict[str, tuple[type[torch.optim.Optimizer], str]] = {
 
 # Methods whose own loss is not cross-entropy.
 METHOD_OBJECTIVES = {"clap": "clap", "tcp": "kgcoop"}
-
-# How far a step goes: what is right depends on how large the values are that the context stands beside. In units of
-# the token embeddings' root mean square.
-FAST_LEARNING_RATE = 0.05
 
 # Compiling takes as long as some thousands of steps.
 MIN_COMPILED_STEPS = 5000
@@ -92,12 +93,24 @@ def paper_epochs(num_shots: int, num_classes: int) -> int:
     return 100 if num_shots <= 4 else 200
 
 
-def fast_steps(num_shots: float, most: int = RECIPES["fast"]["max_steps"]) -> int:
-    """Steps of the fast recipe: 8 and 12 for each shot, but not more than `most`; 20 for 1 shot, 200 from 16 on.
+def _beyond_eight(num_shots: float) -> float:
+    """0 up to 8 shots, 1 from 16 on, and on a line between them."""
+    return min(1.0, max(0.0, (num_shots - 8) / 8))
+
+
+def fast_steps(num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"]) -> int:
+    """Steps of the fast recipe: 8 and 12 for each shot up to 8; from there on a line to `most` at 16, and no more.
 
     Few images are soon learned by heart. More of them bear more steps and need them.
     """
-    return min(most, round(8 + 12 * max(1.0, num_shots)))
+    steps = 8 + 12 * min(8.0, max(1.0, num_shots))
+    return min(most, round(steps + (most - steps) * _beyond_eight(num_shots)))
+
+
+def fast_learning_rate(num_shots: float, rates: tuple[float, float]) -> float:
+    """Learning rate of the fast recipe in units of the token embeddings' root mean square, since what is right depends
+    on how large the values are that the context stands beside: `rates` up to 8 shots and from 16 on."""
+    return rates[0] + (rates[1] - rates[0]) * _beyond_eight(num_shots)
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
@@ -112,11 +125,10 @@ def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "c
         `dict`: names of arguments and their values; `batch_size` is the global batch.
     """
     values = dict(RECIPES[recipe])
-    if recipe == "fast":
-        values |= FAST_RECIPES.get(method, {})
+    own = FAST_RECIPES if recipe == "fast" else PAPER_RECIPES
+    values |= own.get(method, {})
+    values |= own.get((method, objective), {}) if isinstance(objective, str) else {}
     if recipe == "paper":
-        values |= PAPER_RECIPES.get(method, {})
-        values |= PAPER_RECIPES.get((method, objective), {}) if isinstance(objective, str) else {}
         values["optim_args"] = "momentum=0.9" if values["optim"] == "sgd" else None
     return values
 
@@ -134,9 +146,10 @@ class CoOpTrainingArguments(TrainingArguments):
             and weight decay 5e-4; batches of 32; 50, 100 or 200 epochs by number of shots (`paper_epochs`); a cosine
             that moves once an epoch after a first epoch at 1e-5; every epoch sees new augmented views, and test images
             are cropped as there (to the pixel; `predict` and `"fast"` crop as the base's own image processor does).
-            `"fast"`: the same loss, all images at every step, 20 steps for 1 shot to 200 for 16 and more
-            (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 times the root mean square of
-            the token embeddings, on cached embeddings of the plain views.
+            `"fast"`: the same loss, all images at every step, 20 steps for 1 shot to 360 for 16 and more
+            (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 to 0.2 times the root mean square
+            of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. Other methods and
+            objectives than CoOp's: 200 steps at 0.05 for 16 and more.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
         objective (`str` or `Callable`, *optional*, defaults to the method's own):
@@ -341,8 +354,9 @@ class CoOpTrainingArguments(TrainingArguments):
             raise ValueError(
                 "load_best_model_at_end takes one checkpoint, and `average_mean` a mean over epochs: leave one out."
             )
+        shots = self.num_shots or num_images / num_classes
         if self.learning_rate is None:
-            self.learning_rate = FAST_LEARNING_RATE * embedding_size
+            self.learning_rate = fast_learning_rate(shots, recipe["rates"]) * embedding_size
         if self.per_device_train_batch_size is None:
             is_cached = self.cache_features if is_cached is None else is_cached
             batch_size = recipe["batch_size"]
@@ -356,7 +370,7 @@ class CoOpTrainingArguments(TrainingArguments):
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
-                    self.max_steps = fast_steps(self.num_shots or num_images / num_classes, recipe["max_steps"])
+                    self.max_steps = fast_steps(shots, recipe["max_steps"])
 
     def _take_cuda_graphs(self) -> None:
         if self.torch_compile and self.device.type == "cuda" and self.torch_compile_backend == "inductor":
