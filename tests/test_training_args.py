@@ -43,7 +43,7 @@ def test_the_fast_recipe_takes_all_images_at_once(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast")
     args.complete(321, 16, 20, 0.02)
     assert args.per_device_train_batch_size == 321 and args.max_steps == 360
-    assert args.learning_rate == pytest.approx(0.05 * 0.02)  # in units of the token embeddings
+    assert args.learning_rate == pytest.approx(0.2 * 0.02)  # in units of the token embeddings
     assert args.variant == "tensor_adam"
     assert "one second moment for a tensor" in args.describe(200)["hyperparameters"]["optimizer"]
     args = CoOpTrainingArguments(str(tmp_path), recipe="fast", num_train_epochs=7)
