@@ -26,7 +26,7 @@ from coop_hf.experiments import commands, estimates, processes, report, report_f
 from coop_hf.experiments.cells import CellError
 from coop_hf.experiments.methods import METHODS
 from coop_hf.experiments.tasks import draw_few_shot
-from coop_hf.training.arguments import RECIPES
+from coop_hf.training.arguments import get_recipe
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -496,9 +496,8 @@ def test_an_estimate_fetches_nothing(base_folder, colour_folder, tmp_path, monke
         estimates.cell_seconds(name, METHODS[name], rates, 10, 4, 100, "fast") - estimates.PROCESS_SECONDS
         for name in ("coop", "vpt")
     )
-    steps = RECIPES["fast"]["max_steps"]
-    assert coop == pytest.approx(0.01 + steps * 0.04)
-    assert vpt == pytest.approx(0.01 + steps * (32 * 0.03 + 0.04) + 1.0)
+    assert coop == pytest.approx(0.01 + get_recipe("fast", "coop")["max_steps"] * 0.04)
+    assert vpt == pytest.approx(0.01 + get_recipe("fast", "vpt")["max_steps"] * (32 * 0.03 + 0.04) + 1.0)
 
 
 def test_groups_of_methods():

@@ -19,7 +19,7 @@ from ..core.class_prompts import ClassPrompts
 from ..core.families import Family, get_family
 from ..core.layout import PromptLayout
 from ..demo.emoji import emoji_model_path
-from ..training.arguments import get_recipe, paper_epochs
+from ..training.arguments import RECIPES, get_recipe, paper_epochs
 from .benchmark import BenchmarkArguments, Source, check_arguments, num_processes, read_sources
 from .cells import make_cells
 from .commands import load_base_model, protocol_splits
@@ -123,7 +123,7 @@ def cell_seconds(
         -images // batch
     )
     if name == "clip_lora":
-        steps = 500 * shots if recipe == "paper" else steps
+        steps = 500 * shots if recipe == "paper" else RECIPES["fast"]["max_steps"]
         return seconds + steps * (3 * 32 * rates.image + 9 * text) + test_images * rates.image
     if method.sees_images:
         return seconds + steps * (min(batch, 32) * 3 * rates.image + step) + test_images * rates.image

@@ -27,7 +27,7 @@ from ..core.layout import encode_words
 from ..data.feature_cache import EmbeddedImages
 from ..data.labelled_images import LabelledImages, collate
 from ..modeling import CoOpModel
-from ..training.arguments import CoOpTrainingArguments, get_recipe
+from ..training.arguments import RECIPES, CoOpTrainingArguments
 from ..training.heads import fit_head
 from ..training.trainer import CoOpTrainer
 from .configs import check_fields, make_config
@@ -336,12 +336,12 @@ def head(title: str, method: str) -> Method:
 
 
 def _fit_clip_lora(model: CoOpModel, shots: FewShot, options: Options) -> Predictor:
-    """500 steps for each shot by the paper's recipe; by the fast one its largest number, 200."""
+    """500 steps for each shot by the paper's recipe; by the fast one its usual number, 200."""
     assert shots.images is not None
     images = LabelledImages(
         shots.images, model.image_processor, *shots.columns, shots.class_names, seed=shots.seed, augment=True
     )
-    steps = 500 * shots.shots if options.recipe == "paper" else get_recipe("fast")["max_steps"]
+    steps = 500 * shots.shots if options.recipe == "paper" else RECIPES["fast"]["max_steps"]
     base = fit_clip_lora(model, images, options.template, steps, seed=shots.seed)
 
     def predict(images: Any, names: list[str]) -> torch.Tensor:
