@@ -789,6 +789,8 @@ trainer.save_model()
 if trainer.is_world_process_zero():
     assert args.world_size == {processes}, args.world_size
     torch.save(metrics, {folder!r} + "/metrics.pt")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads may end a process that just exits ("terminate called")
 """
 
 
