@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 
-__all__ = ["FAMILIES", "Family", "check_tokenizer", "get_family", "supported_models"]
+__all__ = ["FAMILIES", "Family", "check_tokenizer", "get_family", "is_bare", "supported_models"]
 
 FAMILIES: dict[str, type["Family"]] = {}
-
-_LAYERS_BY_FIRST = {"CLIPEncoderLayer", "MetaClip2EncoderLayer", "ChineseCLIPVisionLayer", "AltCLIPEncoderLayer"}
 
 
 class Family:
@@ -31,20 +29,21 @@ class Family:
         model_type (`str`): `model_type` in the base's `config.json`.
         model_class (`str`): name of its class in transformers.
         layer_class (`str`): name of its text layers' class, if the shared-prefix pass knows them; else empty.
+        vision_layer_class (`str`): name of its image layers' class, if image embeddings are made of the first token
+            alone, so that the last layer need not run for the others; else empty.
         is_causal (`bool`): whether a token of a text sees only those before it.
         pads_to_full (`bool`): whether texts are padded to all positions and the padding is attended to.
         is_sigmoid (`bool`): whether scores are independent probabilities.
-        reads_first (`bool`): whether an image embedding is made of the image tower's first token alone.
         token_embedding_name (`str`): what the token embedding is called among the text embeddings.
     """
 
     model_type: ClassVar[str] = ""
     model_class: ClassVar[str] = ""
     layer_class: ClassVar[str] = ""
+    vision_layer_class: ClassVar[str] = ""
     is_causal: ClassVar[bool] = True
     pads_to_full: ClassVar[bool] = False
     is_sigmoid: ClassVar[bool] = False
-    reads_first: ClassVar[bool] = True
     token_embedding_name: ClassVar[str] = "token_embedding"
 
     def __init__(self, base_model: Any):
@@ -118,8 +117,7 @@ class Family:
     @property
     def has_shared_pass(self) -> bool:
         """Whether the shared-prefix pass knows this text tower."""
-        names = [{c.__name__ for c in type(layer).__mro__} for layer in self.text_layers]
-        return self.is_causal and bool(self.layer_class) and all(self.layer_class in own for own in names)
+        return self.is_causal and all(_is_a(layer, self.layer_class) for layer in self.text_layers)
 
     def text_state(self) -> tuple[Any, ...]:
         """Changes whenever the text tower's weights are written to, moved or cast, or autocast is switched."""
@@ -193,12 +191,11 @@ class Family:
         return self.pool_image(hidden, **image_inputs)
 
     def _can_run_first(self) -> bool:
-        """Whether the last layer may run for the first token alone, and is one that [`_run_first`] knows."""
-        if not (self.reads_first and len(self.vision_layers)):
+        """Whether the last image layer may run for the first token alone."""
+        if not (self.vision_layer_class and len(self.vision_layers)):
             return False
         tower, last = self.base_model.vision_model, self.vision_layers[-1]
-        is_known = any(c.__name__ in _LAYERS_BY_FIRST for c in type(last).__mro__)
-        return is_known and all(map(_is_bare, (tower, tower.encoder, last)))
+        return _is_a(last, self.vision_layer_class) and all(map(is_bare, (tower, tower.encoder, last)))
 
     def pooled_image(self, pixel_values: Tensor, **image_inputs: Tensor) -> Tensor:
         """What the image tower gives for images without prompts, before the projection."""
@@ -241,19 +238,19 @@ class Family:
 class Clip(Family, model_type="clip", model_class="CLIPModel"):
     """CLIP, https://arxiv.org/abs/2103.00020, and everything in its format (OpenCLIP, LAION, FashionCLIP ...)."""
 
-    layer_class = "CLIPEncoderLayer"
+    layer_class = vision_layer_class = "CLIPEncoderLayer"
 
 
 class MetaClip2(Family, model_type="metaclip_2", model_class="MetaClip2Model"):
     """MetaCLIP 2, https://arxiv.org/abs/2507.22062."""
 
-    layer_class = "MetaClip2EncoderLayer"
+    layer_class = vision_layer_class = "MetaClip2EncoderLayer"
 
 
 class Siglip(Family, model_type="siglip", model_class="SiglipModel"):
     """SigLIP, https://arxiv.org/abs/2303.15343, and SigLIP 2 of a fixed image size."""
 
-    is_causal, pads_to_full, is_sigmoid, reads_first = False, True, True, False
+    is_causal, pads_to_full, is_sigmoid = False, True, True
 
     @property
     def projection_dim(self) -> int:
@@ -328,6 +325,8 @@ class _Bert(Family):
 class ChineseClip(_Bert, model_type="chinese_clip", model_class="ChineseCLIPModel"):
     """Chinese CLIP, https://arxiv.org/abs/2211.01335."""
 
+    vision_layer_class = "ChineseCLIPVisionLayer"
+
     @property
     def text_layers(self) -> Any:
         return self.base_model.text_model.encoder.layer
@@ -335,6 +334,8 @@ class ChineseClip(_Bert, model_type="chinese_clip", model_class="ChineseCLIPMode
 
 class AltClip(_Bert, model_type="altclip", model_class="AltCLIPModel"):
     """AltCLIP, https://arxiv.org/abs/2211.06679; positions count from behind the padding's id."""
+
+    vision_layer_class = "AltCLIPEncoderLayer"
 
     @property
     def text_embeddings(self) -> Any:
@@ -392,7 +393,7 @@ def get_family(model: Any) -> Family:
         return model
     inner = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
     family = FAMILIES.get(getattr(getattr(inner, "config", None), "model_type", ""))
-    if family is None or family.model_class not in {c.__name__ for c in type(inner).__mro__}:
+    if family is None or not _is_a(inner, family.model_class):
         raise TypeError(
             f"the base model must be one of {supported_models()}; got {type(model).__name__}. Load it with its "
             "class's `from_pretrained`, or by name with `CoOpModel.from_pretrained`."
@@ -412,7 +413,12 @@ def check_tokenizer(family: Family, tokenizer: Any) -> None:
         )
 
 
-def _is_bare(module: nn.Module) -> bool:
+def _is_a(module: Any, class_name: str) -> bool:
+    """Whether a module is of a class of this name, or one below it."""
+    return class_name in {c.__name__ for c in type(module).__mro__}
+
+
+def is_bare(module: nn.Module) -> bool:
     """Whether nothing stands around a module that is to see it called: hooks, accelerate's too, or compiled code."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in vars(module) and module._compiled_call_impl is None

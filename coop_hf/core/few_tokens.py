@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .families import is_bare
+
 
 __all__ = ["MAX_TOKENS", "LinearLayers"]
 
@@ -74,12 +76,11 @@ def _can_order(layer: Any, x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and _IS_AVAILABLE
         and type(layer) is nn.Linear
-        and "forward" not in vars(layer)  # accelerate's offloading puts its own there
+        and is_bare(layer)
         and x.device.type == layer.weight.device.type == "cpu"
         and x.dtype == layer.weight.dtype == torch.float32
         and not layer.weight.requires_grad
         and (layer.bias is None or not layer.bias.requires_grad)
         and not torch.is_autocast_enabled("cpu")
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
         and torch.backends.mkldnn.enabled
     )
