@@ -95,9 +95,10 @@ def images_point(count: int, quick: bool) -> dict:
     from embedding import make_jpegs, make_model, spent
 
     from coop_hf import LabelledImages, embed_images
+    from coop_hf.data.feature_cache import _CPU_BATCH
 
     model = make_model(10, "tiny" if quick else "b32")
-    images, batch_size = LabelledImages(make_jpegs(count, 10), model.image_processor), 16
+    images, batch_size = LabelledImages(make_jpegs(count, 10), model.image_processor), _CPU_BATCH
     batch = torch.stack([images.view(i) for i in range(min(count, batch_size))])
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         tower = model.get_base_model()
