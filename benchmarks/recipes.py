@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--style", default="fluent-flat")
     parser.add_argument("--part", default="test", choices=["validation", "test"])
     parser.add_argument("--n_ctx", type=int, default=16)
+    parser.add_argument("--ctx_init", help='words to start from, such as "a photo of a", instead of --n_ctx random vectors')
     parser.add_argument("--class_specific", action="store_true")
     parser.add_argument("--recipes", nargs="+", default=["paper", "fast"], choices=["paper", "fast"])
     parser.add_argument("--output", help="JSON file")
@@ -78,7 +79,8 @@ def main() -> None:
     data = load_emoji(args.style)
     names = data["train"].features["label"].names
     model = CoOpModel.from_pretrained(emoji_model_path(), CoOpConfig(template=TEMPLATE), class_names=names)
-    config = CoOpConfig(n_ctx=args.n_ctx, class_specific=args.class_specific)
+    context = {"ctx_init": args.ctx_init} if args.ctx_init else {"n_ctx": args.n_ctx}
+    config = CoOpConfig(**context, class_specific=args.class_specific)
     pool = data["train"].add_column("row", list(range(len(data["train"]))))
     draws = {(k, seed): sample_few_shot(pool, k, seed=seed)["row"] for k in args.shots for seed in args.seeds}
     used = sorted(set().union(*draws.values()))  # views of the others would be made for nothing
@@ -125,7 +127,7 @@ def main() -> None:
                 )
                 print(json.dumps(cells[-1]), flush=True)
     result = {"benchmark": "recipes", "machine": machine(), "part": args.part, "zero_shot": zero_shot}
-    result |= {"n_ctx": args.n_ctx, "class_specific": args.class_specific}
+    result |= {**context, "class_specific": args.class_specific}
     result |= {"summary": summarise(cells), "cells": cells}
     print(json.dumps(result["summary"], indent=2))
     if args.output:
@@ -133,7 +135,8 @@ def main() -> None:
             json.dump(result, file, indent=2)
     if args.plot:
         kind = "class-specific" if args.class_specific else "unified"
-        plot(result, args.plot, f"{kind} context, M={args.n_ctx}, on the emoji")
+        what = f'from "{args.ctx_init}"' if args.ctx_init else f"M={args.n_ctx}"
+        plot(result, args.plot, f"{kind} context, {what}, on the emoji")
 
 
 if __name__ == "__main__":
