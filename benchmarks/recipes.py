@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--style", default="fluent-flat")
     parser.add_argument("--part", default="test", choices=["validation", "test"])
     parser.add_argument("--n_ctx", type=int, default=16)
-    parser.add_argument("--ctx_init", help='words to start from, such as "a photo of a", instead of --n_ctx random vectors')
+    parser.add_argument("--ctx_init", help="words to start from instead of --n_ctx random vectors")
     parser.add_argument("--class_specific", action="store_true")
     parser.add_argument("--recipes", nargs="+", default=["paper", "fast"], choices=["paper", "fast"])
     parser.add_argument("--output", help="JSON file")
