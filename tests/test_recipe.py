@@ -26,10 +26,12 @@ def accuracy(model, embeds, labels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("class_specific, shots, seeds", [(False, 1, (1, 2)), (True, 1, (1,))])
-def test_the_default_is_as_good_as_the_papers_recipe_at_few_shots(
-    tmp_path, real_tokenizer, class_specific, shots, seeds
-):
+@pytest.mark.parametrize(
+    "config, shots, seeds",
+    [({}, 1, (1, 2)), ({"class_specific": True}, 1, (1,)), ({"ctx_init": "a photo of a"}, 4, (1, 2))],
+    ids=["unified", "class-specific", "words"],
+)
+def test_the_default_is_as_good_as_the_papers_recipe_at_few_shots(tmp_path, real_tokenizer, config, shots, seeds):
     if not (SHARED / "student_clip").is_dir():
         pytest.skip("no stand-in for CLIP's text tower in ../shared/data/student_clip")
     base = CLIPModel.from_pretrained(SHARED / "student_clip", dtype=torch.bfloat16)
@@ -43,7 +45,7 @@ def test_the_default_is_as_good_as_the_papers_recipe_at_few_shots(
             held = np.concatenate([val_embeds, embeds[rest]]), np.concatenate([val_labels, labels[rest]])
             for recipe in ("fast", "paper"):
                 torch.manual_seed(seed)
-                model = CoOpModel(base, CoOpConfig(class_specific=class_specific), names, real_tokenizer)
+                model = CoOpModel(base, CoOpConfig(**config), names, real_tokenizer)
                 if recipe == "fast":
                     found["untrained"].append(accuracy(model, *held))
                 args = CoOpTrainingArguments(

@@ -98,6 +98,17 @@ def hand_written_training(model, data, epochs, batch_size, seed, learning_rate=2
     return context
 
 
+@pytest.mark.parametrize(
+    "config, steps",
+    [({}, 40), ({"n_ctx": 16}, 20), ({"ctx_init": "a cat", "n_ctx": None}, 40), ({"class_specific": True}, 20)],
+)
+def test_the_default_recipe_looks_at_the_contexts_length(base, processor, tmp_path, config, steps):
+    trainer = CoOpTrainer(make_model(base, processor, **config), arguments(tmp_path), train_dataset=embedded(3))
+    size = base.text_model.embeddings.token_embedding.weight.pow(2).mean().sqrt().item()
+    assert trainer.args.learning_rate == pytest.approx(0.0025 * steps * size)  # 0.05 for 20 steps, 0.1 for 40
+    assert trainer.train().global_step == steps
+
+
 @pytest.mark.parametrize("config", [{}, {"class_specific": True, "class_token_position": "middle"}])
 def test_the_papers_recipe_step_by_step(base, processor, tmp_path, config):
     data = embedded(count=23, views=2)

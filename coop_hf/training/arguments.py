@@ -23,6 +23,7 @@ __all__ = [
     "RECIPES",
     "fast_learning_rate",
     "fast_steps",
+    "fast_stretch",
     "get_recipe",
     "paper_epochs",
 ]
@@ -67,7 +68,7 @@ PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
 
 # Of the fast recipe, what a method, or a method with an objective, has of its own.
 FAST_RECIPES: dict[str | tuple[str, str], dict] = {
-    ("coop", "cross_entropy"): {"max_steps": 360, "rates": (0.05, 0.2)},
+    ("coop", "cross_entropy"): {"max_steps": 360, "rates": (0.05, 0.2), "stretches": True},
     "cocoop": {"batch_size": 8},  # all images in a step would be too much: class embeddings for each
 }
 
@@ -98,19 +99,34 @@ def _beyond_eight(num_shots: float) -> float:
     return min(1.0, max(0.0, (num_shots - 8) / 8))
 
 
-def fast_steps(num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"]) -> int:
-    """Steps of the fast recipe: 8 and 12 for each shot up to 8; from there on a line to `most` at 16, and no more.
+def fast_stretch(n_ctx: int | None) -> float:
+    """How much further a context that all classes share goes with few shots if it is shorter than the usual 16
+    vectors: √(16 / n_ctx), at most twice. Few vectors learn little by heart, and have to go further for the same gain.
+
+    Args:
+        n_ctx (`int`, *optional*): its vectors; `None`: class-specific contexts, and whatever else is learned.
+    """
+    return 1.0 if n_ctx is None else min(2.0, max(1.0, (16 / n_ctx) ** 0.5))
+
+
+def fast_steps(
+    num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"], stretch: float = 1.0
+) -> int:
+    """Steps of the fast recipe: 8 and 12 for each shot up to 8, times `stretch`; from there on a line to `most` at 16
+    shots, and no more.
 
     Few images are soon learned by heart. More of them bear more steps and need them.
     """
-    steps = 8 + 12 * min(8.0, max(1.0, num_shots))
+    steps = stretch * (8 + 12 * min(8.0, max(1.0, num_shots)))
     return min(most, round(steps + (most - steps) * _beyond_eight(num_shots)))
 
 
-def fast_learning_rate(num_shots: float, rates: tuple[float, float]) -> float:
+def fast_learning_rate(num_shots: float, rates: tuple[float, float], stretch: float = 1.0) -> float:
     """Learning rate of the fast recipe in units of the token embeddings' root mean square, since what is right depends
-    on how large the values are that the context stands beside: `rates` up to 8 shots and from 16 on."""
-    return rates[0] + (rates[1] - rates[0]) * _beyond_eight(num_shots)
+    on how large the values are that the context stands beside: `rates` up to 8 shots, times `stretch`, and from 16 on.
+    """
+    few, many = stretch * rates[0], rates[1]
+    return few + (many - few) * _beyond_eight(num_shots)
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
@@ -148,8 +164,9 @@ class CoOpTrainingArguments(TrainingArguments):
             are cropped as there (to the pixel; `predict` and `"fast"` crop as the base's own image processor does).
             `"fast"`: the same loss, all images at every step, 20 steps for 1 shot to 360 for 16 and more
             (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 to 0.2 times the root mean square
-            of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. Other methods and
-            objectives than CoOp's: 200 steps at 0.05 for 16 and more.
+            of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. A shared context of
+            fewer than 16 vectors, such as words, has up to twice the steps and rate with few shots (`fast_stretch`).
+            Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
         objective (`str` or `Callable`, *optional*, defaults to the method's own):
@@ -339,6 +356,7 @@ class CoOpTrainingArguments(TrainingArguments):
         embedding_size: float,
         method: str = "coop",
         is_cached: bool | None = None,
+        n_ctx: int | None = None,
     ) -> None:
         """Fills in what depends on the method, the training set and the base.
 
@@ -347,8 +365,10 @@ class CoOpTrainingArguments(TrainingArguments):
             embedding_size (`float`): root mean square of the base's token embeddings.
             method (`str`, *optional*, defaults to `"coop"`): the adapter's method.
             is_cached (`bool`, *optional*, defaults to `cache_features`): whether training takes cached embeddings.
+            n_ctx (`int`, *optional*): vectors of a context that all classes share.
         """
         recipe = self._take_recipe(method)
+        stretch = fast_stretch(n_ctx) if recipe.get("stretches") else 1.0
         self.optim = OptimizerNames(self.optim)
         if self.load_best_model_at_end and self.average_mean is not None:
             raise ValueError(
@@ -356,7 +376,7 @@ class CoOpTrainingArguments(TrainingArguments):
             )
         shots = self.num_shots or num_images / num_classes
         if self.learning_rate is None:
-            self.learning_rate = fast_learning_rate(shots, recipe["rates"]) * embedding_size
+            self.learning_rate = fast_learning_rate(shots, recipe["rates"], stretch) * embedding_size
         if self.per_device_train_batch_size is None:
             is_cached = self.cache_features if is_cached is None else is_cached
             batch_size = recipe["batch_size"]
@@ -370,7 +390,7 @@ class CoOpTrainingArguments(TrainingArguments):
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
-                    self.max_steps = fast_steps(shots, recipe["max_steps"])
+                    self.max_steps = fast_steps(shots, recipe["max_steps"], stretch)
 
     def _take_cuda_graphs(self) -> None:
         if self.torch_compile and self.device.type == "cuda" and self.torch_compile_backend == "inductor":

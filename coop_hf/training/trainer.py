@@ -178,7 +178,9 @@ class CoOpTrainer(AdapterTrainer):
         """Fills in what the arguments leave to the method, and takes the objective and the optimizer from them."""
         # An adapter that changes the image tower needs the pixels at every step.
         self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
-        given = (_embedding_size(model), model.config.method, self._is_cached)
+        context = getattr(model.adapter, "context", None)
+        n_ctx = len(context) if context is not None and context.dim() == 2 else None  # None: class-specific, or a head
+        given = (_embedding_size(model), model.config.method, self._is_cached, n_ctx)
         if self._counts is not None:
             args.complete(num_images, int(self._counts.max()), len(self._counts), *given)
             _check_objective(args, self._is_cached)
