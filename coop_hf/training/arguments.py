@@ -101,7 +101,7 @@ def _beyond_eight(num_shots: float) -> float:
 
 def fast_stretch(n_ctx: int | None) -> float:
     """How much further a context that all classes share goes with few shots if it is shorter than the usual 16
-    vectors: √(16 / n_ctx), at most twice. Few vectors learn little by heart, and have to go further for the same gain.
+    vectors: √(16 / n_ctx), at most twice. Few vectors learn little by heart, and go further for the same.
 
     Args:
         n_ctx (`int`, *optional*): its vectors; `None`: class-specific contexts, and whatever else is learned.
@@ -164,9 +164,9 @@ class CoOpTrainingArguments(TrainingArguments):
             are cropped as there (to the pixel; `predict` and `"fast"` crop as the base's own image processor does).
             `"fast"`: the same loss, all images at every step, 20 steps for 1 shot to 360 for 16 and more
             (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 to 0.2 times the root mean square
-            of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. A shared context of
-            fewer than 16 vectors, such as words, has up to twice the steps and rate with few shots (`fast_stretch`).
-            Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
+            of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. A context of
+            fewer than 16 vectors that all classes share has up to twice the steps and rate with few shots
+            (`fast_stretch`). Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
         objective (`str` or `Callable`, *optional*, defaults to the method's own):
