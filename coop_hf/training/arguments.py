@@ -101,23 +101,23 @@ def _beyond_eight(num_shots: float) -> float:
 
 def fast_stretch(n_ctx: int | None) -> float:
     """How much further a context that all classes share goes with few shots if it is shorter than the usual 16
-    vectors: √(16 / n_ctx), at most twice. Few vectors learn little by heart, and go further for the same.
+    vectors: √(16 / n_ctx). Few vectors learn little by heart, and go further for the same.
 
     Args:
         n_ctx (`int`, *optional*): its vectors; `None`: class-specific contexts, and whatever else is learned.
     """
-    return 1.0 if n_ctx is None else min(2.0, max(1.0, (16 / n_ctx) ** 0.5))
+    return 1.0 if n_ctx is None else max(1.0, (16 / n_ctx) ** 0.5)
 
 
 def fast_steps(
     num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"], stretch: float = 1.0
 ) -> int:
-    """Steps of the fast recipe: 8 and 12 for each shot up to 8, times `stretch`; from there on a line to `most` at 16
-    shots, and no more.
+    """Steps of the fast recipe: 8 and 12 for each shot up to 8, times `stretch`, at most 2; from there on a line to
+    `most` at 16 shots, and no more.
 
     Few images are soon learned by heart. More of them bear more steps and need them.
     """
-    steps = stretch * (8 + 12 * min(8.0, max(1.0, num_shots)))
+    steps = min(2.0, stretch) * (8 + 12 * min(8.0, max(1.0, num_shots)))
     return min(most, round(steps + (most - steps) * _beyond_eight(num_shots)))
 
 
@@ -165,7 +165,7 @@ class CoOpTrainingArguments(TrainingArguments):
             `"fast"`: the same loss, all images at every step, 20 steps for 1 shot to 360 for 16 and more
             (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 to 0.2 times the root mean square
             of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. A context of
-            fewer than 16 vectors that all classes share has up to twice the steps and rate with few shots
+            fewer than 16 vectors that all classes share has more steps and a larger rate with few shots
             (`fast_stretch`). Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
