@@ -78,11 +78,15 @@ def test_the_fast_recipes_rate_follows_the_shots(tmp_path):
         assert (args.max_steps, args.learning_rate) == (200, pytest.approx(0.05 * 0.02))
 
 
-def test_a_short_shared_context_goes_further_with_few_shots(tmp_path):
+def test_the_fast_recipe_knows_short_and_class_specific_contexts(tmp_path):
     assert [fast_stretch(n) for n in (None, 32, 16, 8, 4, 2, 1)] == pytest.approx([1, 1, 1, 2**0.5, 2, 8**0.5, 4])
     for shots, steps, rate in [(1, 40, 0.1), (4, 112, 0.1), (8, 208, 0.1), (12, 284, 0.15), (16, 360, 0.2)]:
         args = CoOpTrainingArguments(str(tmp_path))
         args.complete(shots * 20, shots, 20, 0.02, n_ctx=4)
+        assert (args.max_steps, args.learning_rate) == (steps, pytest.approx(rate * 0.02))
+    for shots, steps, rate in [(1, 20, 0.05), (4, 56, 0.05), (8, 208, 0.125), (12, 360, 0.2), (16, 360, 0.2)]:
+        args = CoOpTrainingArguments(str(tmp_path))
+        args.complete(shots * 20, shots, 20, 0.02, n_ctx=None)  # class-specific
         assert (args.max_steps, args.learning_rate) == (steps, pytest.approx(rate * 0.02))
     args = CoOpTrainingArguments(str(tmp_path))
     args.complete(20, 1, 20, 0.02, n_ctx=1)
@@ -90,15 +94,15 @@ def test_a_short_shared_context_goes_further_with_few_shots(tmp_path):
     args = CoOpTrainingArguments(str(tmp_path), max_steps=7, learning_rate=0.3)
     args.complete(20, 1, 20, 0.02, n_ctx=4)
     assert (args.max_steps, args.learning_rate) == (7, 0.3)
-    for given_objective, method in [("kgcoop", "coop"), ("cross_entropy", "deep_text")]:
+    for given_objective, method, n_ctx in [("kgcoop", "coop", None), ("cross_entropy", "deep_text", 4)]:
         args = CoOpTrainingArguments(str(tmp_path), objective=given_objective)
-        args.complete(20, 1, 20, 0.02, method=method, n_ctx=4)
+        args.complete(20, 1, 20, 0.02, method=method, n_ctx=n_ctx)
         assert (args.max_steps, args.learning_rate) == (20, pytest.approx(0.05 * 0.02))
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20), st.integers(1, 1000), st.floats(1, 4))
-def test_more_images_never_shorten_the_fast_recipe(shots, most, stretch):
-    steps = [fast_steps(value, most, stretch) for value in sorted(shots)]
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20), st.integers(1, 1000), st.floats(1, 4), st.floats(4, 8))
+def test_more_images_never_shorten_the_fast_recipe(shots, most, stretch, few_shots):
+    steps = [fast_steps(value, most, stretch, few_shots) for value in sorted(shots)]
     assert steps == sorted(steps) and min(20, most) <= steps[0] and steps[-1] <= most
 
 

@@ -68,7 +68,7 @@ PAPER_RECIPES: dict[str | tuple[str, str], dict] = {
 
 # Of the fast recipe, what a method, or a method with an objective, has of its own.
 FAST_RECIPES: dict[str | tuple[str, str], dict] = {
-    ("coop", "cross_entropy"): {"max_steps": 360, "rates": (0.05, 0.2), "stretches": True},
+    ("coop", "cross_entropy"): {"max_steps": 360, "rates": (0.05, 0.2), "knows_contexts": True},
     "cocoop": {"batch_size": 8},  # all images in a step would be too much: class embeddings for each
 }
 
@@ -94,39 +94,45 @@ def paper_epochs(num_shots: int, num_classes: int) -> int:
     return 100 if num_shots <= 4 else 200
 
 
-def _beyond_eight(num_shots: float) -> float:
-    """0 up to 8 shots, 1 from 16 on, and on a line between them."""
-    return min(1.0, max(0.0, (num_shots - 8) / 8))
-
-
 def fast_stretch(n_ctx: int | None) -> float:
     """How much further a context that all classes share goes with few shots if it is shorter than the usual 16
     vectors: √(16 / n_ctx). Few vectors learn little by heart, and go further for the same.
 
     Args:
-        n_ctx (`int`, *optional*): its vectors; `None`: class-specific contexts, and whatever else is learned.
+        n_ctx (`int`, *optional*): its vectors; `None`: class-specific contexts.
     """
     return 1.0 if n_ctx is None else max(1.0, (16 / n_ctx) ** 0.5)
 
 
+def _towards_many(num_shots: float, few_shots: float) -> float:
+    """0 up to `few_shots`, 1 from 8 more on, and on a line between them."""
+    return min(1.0, max(0.0, (num_shots - few_shots) / 8))
+
+
 def fast_steps(
-    num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"], stretch: float = 1.0
+    num_shots: float,
+    most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"],
+    stretch: float = 1.0,
+    few_shots: float = 8,
 ) -> int:
-    """Steps of the fast recipe: 8 and 12 for each shot up to 8, times `stretch`, at most 2; from there on a line to
-    `most` at 16 shots, and no more.
+    """Steps of the fast recipe: 8 and 12 for each shot up to `few_shots`, times `stretch`, at most 2; from there on a
+    line to `most` at 8 shots more.
 
-    Few images are soon learned by heart. More of them bear more steps and need them.
+    Few images are soon learned by heart. More of them bear more steps and need them, contexts of each class sooner.
     """
-    steps = min(2.0, stretch) * (8 + 12 * min(8.0, max(1.0, num_shots)))
-    return min(most, round(steps + (most - steps) * _beyond_eight(num_shots)))
+    steps = min(2.0, stretch) * (8 + 12 * min(few_shots, max(1.0, num_shots)))
+    return min(most, round(steps + (most - steps) * _towards_many(num_shots, few_shots)))
 
 
-def fast_learning_rate(num_shots: float, rates: tuple[float, float], stretch: float = 1.0) -> float:
+def fast_learning_rate(
+    num_shots: float, rates: tuple[float, float], stretch: float = 1.0, few_shots: float = 8
+) -> float:
     """Learning rate of the fast recipe in units of the token embeddings' root mean square, since what is right depends
-    on how large the values are that the context stands beside: `rates` up to 8 shots, times `stretch`, and from 16 on.
+    on how large the values are that the context stands beside: `rates` up to `few_shots`, times `stretch`, and from 8
+    more on.
     """
     few, many = stretch * rates[0], rates[1]
-    return few + (many - few) * _beyond_eight(num_shots)
+    return few + (many - few) * _towards_many(num_shots, few_shots)
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
@@ -356,7 +362,7 @@ class CoOpTrainingArguments(TrainingArguments):
         embedding_size: float,
         method: str = "coop",
         is_cached: bool | None = None,
-        n_ctx: int | None = None,
+        n_ctx: int | None = 16,
     ) -> None:
         """Fills in what depends on the method, the training set and the base.
 
@@ -365,10 +371,13 @@ class CoOpTrainingArguments(TrainingArguments):
             embedding_size (`float`): root mean square of the base's token embeddings.
             method (`str`, *optional*, defaults to `"coop"`): the adapter's method.
             is_cached (`bool`, *optional*, defaults to `cache_features`): whether training takes cached embeddings.
-            n_ctx (`int`, *optional*): vectors of a context that all classes share.
+            n_ctx (`int`, *optional*, defaults to 16): vectors of a context that all classes share; `None`:
+                class-specific ones.
         """
         recipe = self._take_recipe(method)
-        stretch = fast_stretch(n_ctx) if recipe.get("stretches") else 1.0
+        # How far a context goes with few shots was examined for CoOp's own objective.
+        knows = recipe.get("knows_contexts", False)
+        context = {"stretch": fast_stretch(n_ctx), "few_shots": 4.0 if n_ctx is None else 8.0} if knows else {}
         self.optim = OptimizerNames(self.optim)
         if self.load_best_model_at_end and self.average_mean is not None:
             raise ValueError(
@@ -376,7 +385,7 @@ class CoOpTrainingArguments(TrainingArguments):
             )
         shots = self.num_shots or num_images / num_classes
         if self.learning_rate is None:
-            self.learning_rate = fast_learning_rate(shots, recipe["rates"], stretch) * embedding_size
+            self.learning_rate = fast_learning_rate(shots, recipe["rates"], **context) * embedding_size
         if self.per_device_train_batch_size is None:
             is_cached = self.cache_features if is_cached is None else is_cached
             batch_size = recipe["batch_size"]
@@ -390,7 +399,7 @@ class CoOpTrainingArguments(TrainingArguments):
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
-                    self.max_steps = fast_steps(shots, recipe["max_steps"], stretch)
+                    self.max_steps = fast_steps(shots, recipe["max_steps"], **context)
 
     def _take_cuda_graphs(self) -> None:
         if self.torch_compile and self.device.type == "cuda" and self.torch_compile_backend == "inductor":

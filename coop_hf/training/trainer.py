@@ -178,9 +178,7 @@ class CoOpTrainer(AdapterTrainer):
         """Fills in what the arguments leave to the method, and takes the objective and the optimizer from them."""
         # An adapter that changes the image tower needs the pixels at every step.
         self._is_cached = args.cache_features and not model.adapter.prompts_image_tower
-        context = getattr(model.adapter, "context", None)
-        n_ctx = len(context) if context is not None and context.dim() == 2 else None  # None: class-specific, or a head
-        given = (_embedding_size(model), model.config.method, self._is_cached, n_ctx)
+        given = (_embedding_size(model), model.config.method, self._is_cached, _shared_length(model))
         if self._counts is not None:
             args.complete(num_images, int(self._counts.max()), len(self._counts), *given)
             _check_objective(args, self._is_cached)
@@ -443,6 +441,14 @@ def _embedding_size(model: CoOpModel) -> float:
     embedding = model.family.token_embedding
     with torch.no_grad(), align_module_device(embedding):
         return embedding.weight.float().pow(2).mean().sqrt().item()
+
+
+def _shared_length(model: CoOpModel) -> int | None:
+    """Vectors of the context that all classes share; `None` where each has its own."""
+    if getattr(model.config, "class_specific", False):
+        return None
+    context = getattr(model.adapter, "context", None)
+    return 16 if context is None else len(context)
 
 
 def _check_objective(args: CoOpTrainingArguments, is_cached: bool) -> None:
