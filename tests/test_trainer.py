@@ -99,13 +99,18 @@ def hand_written_training(model, data, epochs, batch_size, seed, learning_rate=2
 
 
 @pytest.mark.parametrize(
-    "config, steps",
-    [({}, 40), ({"n_ctx": 16}, 20), ({"ctx_init": "a cat", "n_ctx": None}, 40), ({"class_specific": True}, 20)],
+    "config, steps, rate",
+    [
+        ({}, 40, 0.1),
+        ({"n_ctx": 16}, 20, 0.05),
+        ({"ctx_init": "a cat", "n_ctx": None}, 40, 0.05 * 8**0.5),  # two tokens
+        ({"class_specific": True}, 20, 0.05),
+    ],
 )
-def test_the_default_recipe_looks_at_the_contexts_length(base, processor, tmp_path, config, steps):
+def test_the_default_recipe_looks_at_the_contexts_length(base, processor, tmp_path, config, steps, rate):
     trainer = CoOpTrainer(make_model(base, processor, **config), arguments(tmp_path), train_dataset=embedded(3))
     size = base.text_model.embeddings.token_embedding.weight.pow(2).mean().sqrt().item()
-    assert trainer.args.learning_rate == pytest.approx(0.0025 * steps * size)  # 0.05 for 20 steps, 0.1 for 40
+    assert trainer.args.learning_rate == pytest.approx(rate * size)
     assert trainer.train().global_step == steps
 
 
