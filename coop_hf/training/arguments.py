@@ -104,35 +104,34 @@ def fast_stretch(n_ctx: int | None) -> float:
     return 1.0 if n_ctx is None else max(1.0, (16 / n_ctx) ** 0.5)
 
 
-def _towards_many(num_shots: float, few_shots: float) -> float:
-    """0 up to `few_shots`, 1 from 8 more on, and on a line between them."""
-    return min(1.0, max(0.0, (num_shots - few_shots) / 8))
+def _few_shots(n_ctx: int | None) -> float:
+    """Up to how many shots are few: contexts of each class bear a longer training sooner."""
+    return 4.0 if n_ctx is None else 8.0
+
+
+def _towards_many(num_shots: float, n_ctx: int | None) -> float:
+    """0 with few shots, 1 from 8 more on, and on a line between them."""
+    return min(1.0, max(0.0, (num_shots - _few_shots(n_ctx)) / 8))
 
 
 def fast_steps(
-    num_shots: float,
-    most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"],
-    stretch: float = 1.0,
-    few_shots: float = 8,
+    num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"], n_ctx: int | None = 16
 ) -> int:
-    """Steps of the fast recipe: 8 and 12 for each shot up to `few_shots`, times `stretch`, at most 2; from there on a
-    line to `most` at 8 shots more.
+    """Steps of the fast recipe: 8 and 12 for each shot up to 8 (class-specific: 4), times `fast_stretch`, at most 2;
+    from there on a line to `most` at 8 shots more.
 
-    Few images are soon learned by heart. More of them bear more steps and need them, contexts of each class sooner.
+    Few images are soon learned by heart. More of them bear more steps and need them.
     """
-    steps = min(2.0, stretch) * (8 + 12 * min(few_shots, max(1.0, num_shots)))
-    return min(most, round(steps + (most - steps) * _towards_many(num_shots, few_shots)))
+    steps = min(2.0, fast_stretch(n_ctx)) * (8 + 12 * min(_few_shots(n_ctx), max(1.0, num_shots)))
+    return min(most, round(steps + (most - steps) * _towards_many(num_shots, n_ctx)))
 
 
-def fast_learning_rate(
-    num_shots: float, rates: tuple[float, float], stretch: float = 1.0, few_shots: float = 8
-) -> float:
+def fast_learning_rate(num_shots: float, rates: tuple[float, float], n_ctx: int | None = 16) -> float:
     """Learning rate of the fast recipe in units of the token embeddings' root mean square, since what is right depends
-    on how large the values are that the context stands beside: `rates` up to `few_shots`, times `stretch`, and from 8
-    more on.
-    """
-    few, many = stretch * rates[0], rates[1]
-    return few + (many - few) * _towards_many(num_shots, few_shots)
+    on how large the values are that the context stands beside: the first of `rates` times `fast_stretch` with few
+    shots, the second with many, as `fast_steps` has them."""
+    few, many = fast_stretch(n_ctx) * rates[0], rates[1]
+    return few + (many - few) * _towards_many(num_shots, n_ctx)
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
@@ -172,7 +171,8 @@ class CoOpTrainingArguments(TrainingArguments):
             (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 to 0.2 times the root mean square
             of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. A context of
             fewer than 16 vectors that all classes share has more steps and a larger rate with few shots
-            (`fast_stretch`). Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
+            (`fast_stretch`), class-specific ones have 360 steps from 12 shots on.
+            Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
         objective (`str` or `Callable`, *optional*, defaults to the method's own):
@@ -375,9 +375,8 @@ class CoOpTrainingArguments(TrainingArguments):
                 class-specific ones.
         """
         recipe = self._take_recipe(method)
-        # How far a context goes with few shots was examined for CoOp's own objective.
-        knows = recipe.get("knows_contexts", False)
-        context = {"stretch": fast_stretch(n_ctx), "few_shots": 4.0 if n_ctx is None else 8.0} if knows else {}
+        if not recipe.get("knows_contexts"):  # how far one goes with few shots was examined for CoOp's own objective
+            n_ctx = 16
         self.optim = OptimizerNames(self.optim)
         if self.load_best_model_at_end and self.average_mean is not None:
             raise ValueError(
@@ -385,7 +384,7 @@ class CoOpTrainingArguments(TrainingArguments):
             )
         shots = self.num_shots or num_images / num_classes
         if self.learning_rate is None:
-            self.learning_rate = fast_learning_rate(shots, recipe["rates"], **context) * embedding_size
+            self.learning_rate = fast_learning_rate(shots, recipe["rates"], n_ctx) * embedding_size
         if self.per_device_train_batch_size is None:
             is_cached = self.cache_features if is_cached is None else is_cached
             batch_size = recipe["batch_size"]
@@ -399,7 +398,7 @@ class CoOpTrainingArguments(TrainingArguments):
             else:
                 self.num_train_epochs = 1.0  # steps count, see below
                 if self.max_steps < 0:
-                    self.max_steps = fast_steps(shots, recipe["max_steps"], **context)
+                    self.max_steps = fast_steps(shots, recipe["max_steps"], n_ctx)
 
     def _take_cuda_graphs(self) -> None:
         if self.torch_compile and self.device.type == "cuda" and self.torch_compile_backend == "inductor":
