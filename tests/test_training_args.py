@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from coop_hf import CoOpTrainingArguments
-from coop_hf.training.arguments import fast_steps, fast_stretch, paper_epochs
+from coop_hf.training.arguments import fast_shots, fast_steps, fast_stretch, paper_epochs
 
 
 def test_the_papers_recipe(tmp_path):
@@ -62,12 +62,12 @@ def test_the_fast_recipes_length_follows_the_shots(tmp_path):
             paper = paper_epochs(shots, classes) * max(1, shots * classes // 32)
             args = CoOpTrainingArguments(str(tmp_path))
             args.complete(shots * classes, shots, classes, 0.02)
-            assert args.max_steps == fast_steps(shots) and (shots > 1 or args.max_steps <= paper)
+            assert args.max_steps == fast_steps(fast_shots(shots, classes)) and (shots > 1 or args.max_steps <= paper)
             assert not (shots == 16 and classes >= 37) or 10 * args.max_steps <= paper
 
 
 def test_the_fast_recipes_rate_follows_the_shots(tmp_path):
-    for shots, rate in [(1, 0.05), (8, 0.05), (12, 0.125), (16, 0.2), (500, 0.2)]:
+    for shots, rate in [(1, 0.05), (6, 0.05), (8, 0.08), (12, 0.14), (16, 0.2), (500, 0.2)]:
         args = CoOpTrainingArguments(str(tmp_path))
         args.complete(shots * 20, shots, 20, 0.02)
         assert args.learning_rate == pytest.approx(rate * 0.02)
@@ -80,7 +80,7 @@ def test_the_fast_recipes_rate_follows_the_shots(tmp_path):
 
 def test_the_fast_recipe_knows_short_and_class_specific_contexts(tmp_path):
     assert [fast_stretch(n) for n in (None, 32, 16, 8, 4, 2, 1)] == pytest.approx([1, 1, 1, 2**0.5, 2, 8**0.5, 4])
-    for shots, steps, rate in [(1, 40, 0.1), (4, 112, 0.1), (8, 208, 0.1), (12, 284, 0.15), (16, 360, 0.2)]:
+    for shots, steps, rate in [(1, 40, 0.1), (4, 112, 0.1), (8, 208, 0.12), (12, 284, 0.16), (16, 360, 0.2)]:
         args = CoOpTrainingArguments(str(tmp_path))
         args.complete(shots * 20, shots, 20, 0.02, n_ctx=4)
         assert (args.max_steps, args.learning_rate) == (steps, pytest.approx(rate * 0.02))
@@ -98,6 +98,22 @@ def test_the_fast_recipe_knows_short_and_class_specific_contexts(tmp_path):
         args = CoOpTrainingArguments(str(tmp_path), objective=given_objective)
         args.complete(20, 1, 20, 0.02, method=method, n_ctx=n_ctx)
         assert (args.max_steps, args.learning_rate) == (20, pytest.approx(0.05 * 0.02))
+
+
+def test_many_classes_count_as_shots_of_a_shared_context(tmp_path):
+    cases = [(1, 60, 20, 0.05), (1, 100, 44, 0.05), (2, 100, 56, 0.05), (8, 100, 168, 0.11), (1, 1000, 360, 0.2)]
+    for shots, classes, steps, rate in cases:
+        args = CoOpTrainingArguments(str(tmp_path))
+        args.complete(shots * classes, shots, classes, 0.02)
+        assert (args.max_steps, args.learning_rate) == (steps, pytest.approx(rate * 0.02))
+    # What each class has of its own is learned from its own images; another objective was not examined.
+    for values, n_ctx in [({}, None), ({"objective": "kgcoop"}, 16)]:
+        args = CoOpTrainingArguments(str(tmp_path), **values)
+        args.complete(1000, 1, 1000, 0.02, n_ctx=n_ctx)
+        assert (args.max_steps, args.learning_rate) == (20, pytest.approx(0.05 * 0.02))
+    for classes in range(1, 1200):  # at 1 shot no more steps than the paper's, words and single vectors too
+        paper = paper_epochs(1, classes) * max(1, classes // 32)
+        assert all(fast_steps(fast_shots(1, classes, n), n_ctx=n) <= paper for n in (None, 1, 4, 16))
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20), st.integers(1, 1000), st.none() | st.integers(1, 64))

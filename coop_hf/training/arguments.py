@@ -22,6 +22,7 @@ __all__ = [
     "PAPER_WARMUP_LR",
     "RECIPES",
     "fast_learning_rate",
+    "fast_shots",
     "fast_steps",
     "fast_stretch",
     "get_recipe",
@@ -104,34 +105,42 @@ def fast_stretch(n_ctx: int | None) -> float:
     return 1.0 if n_ctx is None else max(1.0, (16 / n_ctx) ** 0.5)
 
 
-def _few_shots(n_ctx: int | None) -> float:
-    """Up to how many shots are few: contexts of each class bear a longer training sooner."""
-    return 4.0 if n_ctx is None else 8.0
+def fast_shots(num_shots: float, num_classes: int, n_ctx: int | None = 16) -> float:
+    """Shots that `fast_steps` and `fast_learning_rate` go by: if more than 60 classes share a context, each 20 of
+    those above 60 count as a shot more, since what they share is learned from the images of all of them.
+
+    Args:
+        num_shots (`float`): training images of a class.
+        num_classes (`int`): classes.
+        n_ctx (`int`, *optional*, defaults to 16): as of `fast_stretch`; `None`, class-specific contexts: the shots.
+    """
+    return num_shots if n_ctx is None else num_shots + max(0, num_classes - 60) / 20
 
 
-def _towards_many(num_shots: float, n_ctx: int | None) -> float:
-    """0 with few shots, 1 from 8 more on, and on a line between them."""
-    return min(1.0, max(0.0, (num_shots - _few_shots(n_ctx)) / 8))
+def _on_a_line(num_shots: float, few: float, many: float, span: tuple[float, float]) -> float:
+    """`few` up to the first number of shots of `span`, `many` from the second one on, a line between them."""
+    start, end = span
+    return few + (many - few) * min(1.0, max(0.0, (num_shots - start) / (end - start)))
 
 
 def fast_steps(
     num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"], n_ctx: int | None = 16
 ) -> int:
-    """Steps of the fast recipe: 8 and 12 for each shot up to 8 (class-specific: 4), times `fast_stretch`, at most 2;
-    from there on a line to `most` at 8 shots more.
+    """Steps of the fast recipe: 8 and 12 for each shot up to 8, times `fast_stretch`, at most 2; from there on a line
+    to `most` at 16. Contexts of each class bear a longer training sooner: theirs is the line from 4 shots to 12.
 
     Few images are soon learned by heart. More of them bear more steps and need them.
     """
-    steps = min(2.0, fast_stretch(n_ctx)) * (8 + 12 * min(_few_shots(n_ctx), max(1.0, num_shots)))
-    return min(most, round(steps + (most - steps) * _towards_many(num_shots, n_ctx)))
+    span = (4, 12) if n_ctx is None else (8, 16)
+    steps = min(2.0, fast_stretch(n_ctx)) * (8 + 12 * min(span[0], max(1.0, num_shots)))
+    return min(most, round(_on_a_line(num_shots, steps, most, span)))
 
 
 def fast_learning_rate(num_shots: float, rates: tuple[float, float], n_ctx: int | None = 16) -> float:
     """Learning rate of the fast recipe in units of the token embeddings' root mean square, since what is right depends
-    on how large the values are that the context stands beside: the first of `rates` times `fast_stretch` with few
-    shots, the second with many, as `fast_steps` has them."""
-    few, many = fast_stretch(n_ctx) * rates[0], rates[1]
-    return few + (many - few) * _towards_many(num_shots, n_ctx)
+    on how large the values are that the context stands beside: the first of `rates` times `fast_stretch` up to 6
+    shots, the second from 16 on, a line between them (class-specific: from 4 to 12)."""
+    return _on_a_line(num_shots, fast_stretch(n_ctx) * rates[0], rates[1], (4, 12) if n_ctx is None else (6, 16))
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
@@ -171,7 +180,8 @@ class CoOpTrainingArguments(TrainingArguments):
             (`fast_steps`), [`TensorAdam`] with a cosine from a learning rate of 0.05 to 0.2 times the root mean square
             of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. A context of
             fewer than 16 vectors that all classes share has more steps and a larger rate with few shots
-            (`fast_stretch`), class-specific ones have 360 steps from 12 shots on.
+            (`fast_stretch`), class-specific ones have 360 steps from 12 shots on. If more than 60 classes share a
+            context, each 20 above 60 count as a shot more (`fast_shots`).
             Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
@@ -375,14 +385,16 @@ class CoOpTrainingArguments(TrainingArguments):
                 class-specific ones.
         """
         recipe = self._take_recipe(method)
-        if not recipe.get("knows_contexts"):  # how far one goes with few shots was examined for CoOp's own objective
-            n_ctx = 16
         self.optim = OptimizerNames(self.optim)
         if self.load_best_model_at_end and self.average_mean is not None:
             raise ValueError(
                 "load_best_model_at_end takes one checkpoint, and `average_mean` a mean over epochs: leave one out."
             )
         shots = self.num_shots or num_images / num_classes
+        if recipe.get("knows_contexts"):  # examined for CoOp's own objective
+            shots = fast_shots(shots, num_classes, n_ctx)
+        else:
+            n_ctx = 16
         if self.learning_rate is None:
             self.learning_rate = fast_learning_rate(shots, recipe["rates"], n_ctx) * embedding_size
         if self.per_device_train_batch_size is None:
