@@ -101,7 +101,7 @@ def test_the_fast_recipe_knows_short_and_class_specific_contexts(tmp_path):
 
 
 def test_many_classes_count_as_shots_of_a_shared_context(tmp_path):
-    cases = [(1, 60, 20, 0.05), (1, 100, 44, 0.05), (2, 100, 56, 0.05), (8, 100, 168, 0.11), (1, 1000, 360, 0.2)]
+    cases = [(1, 60, 20, 0.05), (1, 105, 56, 0.05), (2, 105, 68, 0.05), (8, 90, 168, 0.11), (1, 1000, 360, 0.2)]
     for shots, classes, steps, rate in cases:
         args = CoOpTrainingArguments(str(tmp_path))
         args.complete(shots * classes, shots, classes, 0.02)

@@ -106,7 +106,7 @@ def fast_stretch(n_ctx: int | None) -> float:
 
 
 def fast_shots(num_shots: float, num_classes: int, n_ctx: int | None = 16) -> float:
-    """Shots that `fast_steps` and `fast_learning_rate` go by: if more than 60 classes share a context, each 20 of
+    """Shots that `fast_steps` and `fast_learning_rate` go by: if more than 60 classes share a context, each 15 of
     those above 60 count as a shot more, since what they share is learned from the images of all of them.
 
     Args:
@@ -114,7 +114,7 @@ def fast_shots(num_shots: float, num_classes: int, n_ctx: int | None = 16) -> fl
         num_classes (`int`): classes.
         n_ctx (`int`, *optional*, defaults to 16): as of `fast_stretch`; `None`, class-specific contexts: the shots.
     """
-    return num_shots if n_ctx is None else num_shots + max(0, num_classes - 60) / 20
+    return num_shots if n_ctx is None else num_shots + max(0, num_classes - 60) / 15
 
 
 def _on_a_line(num_shots: float, few: float, many: float, span: tuple[float, float]) -> float:
@@ -181,7 +181,7 @@ class CoOpTrainingArguments(TrainingArguments):
             of the token embeddings (`fast_learning_rate`), on cached embeddings of the plain views. A context of
             fewer than 16 vectors that all classes share has more steps and a larger rate with few shots
             (`fast_stretch`), class-specific ones have 360 steps from 12 shots on. If more than 60 classes share a
-            context, each 20 above 60 count as a shot more (`fast_shots`).
+            context, each 15 above 60 count as a shot more (`fast_shots`).
             Other methods and objectives than CoOp's: 200 steps at 0.05 for 16 and more.
             With another method or objective than CoOp's, `"paper"` is the official recipe of that one
             (`PAPER_RECIPES`).
