@@ -67,7 +67,7 @@ def test_the_fast_recipes_length_follows_the_shots(tmp_path):
 
 
 def test_the_fast_recipes_rate_follows_the_shots(tmp_path):
-    for shots, rate in [(1, 0.05), (6, 0.05), (8, 0.08), (12, 0.14), (16, 0.2), (500, 0.2)]:
+    for shots, rate in [(1, 0.05), (2, 0.05), (3, 0.075), (4, 0.1), (8, 0.1), (12, 0.15), (16, 0.2), (500, 0.2)]:
         args = CoOpTrainingArguments(str(tmp_path))
         args.complete(shots * 20, shots, 20, 0.02)
         assert args.learning_rate == pytest.approx(rate * 0.02)
@@ -80,7 +80,7 @@ def test_the_fast_recipes_rate_follows_the_shots(tmp_path):
 
 def test_the_fast_recipe_knows_short_and_class_specific_contexts(tmp_path):
     assert [fast_stretch(n) for n in (None, 32, 16, 8, 4, 2, 1)] == pytest.approx([1, 1, 1, 2**0.5, 2, 8**0.5, 4])
-    for shots, steps, rate in [(1, 40, 0.1), (4, 112, 0.1), (8, 208, 0.12), (12, 284, 0.16), (16, 360, 0.2)]:
+    for shots, steps, rate in [(1, 40, 0.1), (4, 112, 0.1), (8, 208, 0.1), (12, 284, 0.15), (16, 360, 0.2)]:
         args = CoOpTrainingArguments(str(tmp_path))
         args.complete(shots * 20, shots, 20, 0.02, n_ctx=4)
         assert (args.max_steps, args.learning_rate) == (steps, pytest.approx(rate * 0.02))
@@ -101,7 +101,7 @@ def test_the_fast_recipe_knows_short_and_class_specific_contexts(tmp_path):
 
 
 def test_many_classes_count_as_shots_of_a_shared_context(tmp_path):
-    cases = [(1, 60, 20, 0.05), (1, 105, 56, 0.05), (2, 105, 68, 0.05), (8, 90, 168, 0.11), (1, 1000, 360, 0.2)]
+    cases = [(1, 60, 20, 0.05), (1, 105, 56, 0.1), (2, 105, 68, 0.1), (8, 90, 168, 0.125), (1, 1000, 360, 0.2)]
     for shots, classes, steps, rate in cases:
         args = CoOpTrainingArguments(str(tmp_path))
         args.complete(shots * classes, shots, classes, 0.02)

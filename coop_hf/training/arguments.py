@@ -138,9 +138,14 @@ def fast_steps(
 
 def fast_learning_rate(num_shots: float, rates: tuple[float, float], n_ctx: int | None = 16) -> float:
     """Learning rate of the fast recipe in units of the token embeddings' root mean square, since what is right depends
-    on how large the values are that the context stands beside: the first of `rates` times `fast_stretch` up to 6
-    shots, the second from 16 on, a line between them (class-specific: from 4 to 12)."""
-    return _on_a_line(num_shots, fast_stretch(n_ctx) * rates[0], rates[1], (4, 12) if n_ctx is None else (6, 16))
+    on how large the values are that the context stands beside: the first of `rates` up to 2 shots, twice that (or the
+    second, if it is less) from 4 to 8 shots, but at least `fast_stretch` times the first, and the second from 16 on;
+    lines between them. Class-specific: the first up to 4 shots, the second from 12 on."""
+    few, many = rates
+    if n_ctx is None:
+        return _on_a_line(num_shots, few, many, (4, 12))
+    few = max(fast_stretch(n_ctx) * few, _on_a_line(num_shots, few, min(2 * few, many), (2, 4)))
+    return _on_a_line(num_shots, few, many, (8, 16))
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
