@@ -117,23 +117,23 @@ def fast_shots(num_shots: float, num_classes: int, n_ctx: int | None = 16) -> fl
     return num_shots if n_ctx is None else num_shots + max(0, num_classes - 60) / 15
 
 
-def _on_a_line(num_shots: float, few: float, many: float, span: tuple[float, float]) -> float:
-    """`few` up to the first number of shots of `span`, `many` from the second one on, a line between them."""
-    start, end = span
-    return few + (many - few) * min(1.0, max(0.0, (num_shots - start) / (end - start)))
+def _few_to_many(n_ctx: int | None) -> tuple[int, int]:
+    """Up to how many shots they are few, and from how many on many: contexts of each class bear a longer training
+    sooner."""
+    return (4, 12) if n_ctx is None else (8, 16)
 
 
 def fast_steps(
     num_shots: float, most: int = FAST_RECIPES["coop", "cross_entropy"]["max_steps"], n_ctx: int | None = 16
 ) -> int:
     """Steps of the fast recipe: 8 and 12 for each shot up to 8, times `fast_stretch`, at most 2; from there on a line
-    to `most` at 16. Contexts of each class bear a longer training sooner: theirs is the line from 4 shots to 12.
+    to `most` at 16. Class-specific: the line from 4 shots to 12.
 
     Few images are soon learned by heart. More of them bear more steps and need them.
     """
-    span = (4, 12) if n_ctx is None else (8, 16)
+    span = _few_to_many(n_ctx)
     steps = min(2.0, fast_stretch(n_ctx)) * (8 + 12 * min(span[0], max(1.0, num_shots)))
-    return min(most, round(_on_a_line(num_shots, steps, most, span)))
+    return min(most, round(float(np.interp(num_shots, span, (steps, most)))))
 
 
 def fast_learning_rate(num_shots: float, rates: tuple[float, float], n_ctx: int | None = 16) -> float:
@@ -142,10 +142,9 @@ def fast_learning_rate(num_shots: float, rates: tuple[float, float], n_ctx: int 
     second, if it is less) from 4 to 8 shots, but at least `fast_stretch` times the first, and the second from 16 on;
     lines between them. Class-specific: the first up to 4 shots, the second from 12 on."""
     few, many = rates
-    if n_ctx is None:
-        return _on_a_line(num_shots, few, many, (4, 12))
-    few = max(fast_stretch(n_ctx) * few, _on_a_line(num_shots, few, min(2 * few, many), (2, 4)))
-    return _on_a_line(num_shots, few, many, (8, 16))
+    if n_ctx is not None:
+        few = max(fast_stretch(n_ctx) * few, np.interp(num_shots, (2, 4), (few, min(2 * few, many))))
+    return float(np.interp(num_shots, _few_to_many(n_ctx), (few, many)))
 
 
 def get_recipe(recipe: str, method: str = "coop", objective: str | Callable = "cross_entropy") -> dict:
